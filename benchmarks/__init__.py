@@ -1,0 +1,1 @@
+"""Races of the reference, ourselves and rivals on named shapes: `python -m benchmarks.verify <op>`."""

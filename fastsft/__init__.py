@@ -1,0 +1,1 @@
+"""fastsft keeps the books of a fine-tuning run, and balances them."""

@@ -1,0 +1,421 @@
+"""Keep the books of a run: see every batch, book every step, balance at every refresh.
+
+`fastsft.attach` does this inside a trainer. A loop of your own does it in three lines (see `Books`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fastsft import ops
+from fastsft.attribution.in_run import Batch, Columns, SampleBook
+from fastsft.attribution.layout import Layout
+from fastsft.attribution.ledger import Entry, Ledger
+from fastsft.attribution.optimizer import rule_of
+from fastsft.attribution.settings import Attribution
+from fastsft.attribution.targets import Targets, TargetState
+from fastsft.capture import Capture, Documents
+from fastsft.record import Record
+
+STATE_SCHEMA = 1
+
+
+class Books:
+    """The books of one run.
+
+    ```python
+    books = Books(model, optimizer, targets, sources=["gsm8k", "wikisql"], record=Record.create("runs/a"))
+    books.refresh()
+    for batch in loader:
+        with books.batch(rows=batch["input_ids"].shape, samples=ids, sources=names):
+            model(**inputs).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        books.after_step()
+    books.finish()
+    ```
+    Training itself is the same bits with and without it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        targets: Targets,
+        *,
+        sources: Sequence[str],
+        record: Record,
+        settings: Attribution | None = None,
+        total_steps: int | None = None,
+        step: int = 0,
+    ) -> None:
+        self.model, self.optimizer, self.targets, self.record = model, optimizer, targets, record
+        self.settings = settings or Attribution()
+        self.sources, self.total_steps = list(sources), total_steps
+        if not self.sources or len(set(self.sources)) != len(self.sources):
+            raise ValueError(f"`sources` must be distinct names, at least one: got {self.sources}.")
+        self._source_index = {name: index for index, name in enumerate(self.sources)}
+        self.step = step
+        self.capture = Capture(model, sink=self._see)
+        self.rule = rule_of(optimizer)
+        layers = self.capture.layers
+        self.layout = Layout(model, optimizer, layers, narrow=self.settings.narrow, exact=self.settings.exact)
+        self.ledger = Ledger(self.layout, self.rule, self.sources)
+        self.samples = SampleBook(self.layout, layers, self.rule, self.settings, len(targets.abilities))
+        self.state: TargetState | None = None
+        self.refresh_every = self.settings.refresh_every
+        self._probes = self._choose_probes()
+        self._probe_sums: dict[int, Tensor] = {}
+        self._sources_now: Tensor = torch.zeros(0, dtype=torch.int64)
+        self._events: list[dict[str, Any]] = []
+        self._counts = torch.zeros(2, len(self.sources), dtype=torch.float64)  # documents, tokens
+        self._losses: list[Tensor] = []
+        self._last_refresh = step
+        self._resumed = False
+        self._early: tuple[Tensor, ...] | None = None  # booked to samples after the last interval was closed
+        self.own_seconds = self.refresh_seconds = 0.0
+        self._began = time.perf_counter()
+        self._handles = [optimizer.register_step_post_hook(self._after_optimizer)]
+
+    # seeing
+
+    @contextmanager
+    def batch(
+        self,
+        *,
+        samples: Sequence[str],
+        sources: Sequence[str],
+        rows: tuple[int, int] | None = None,
+        lengths: Sequence[Sequence[int]] | None = None,
+        row_length: int | None = None,
+    ) -> Iterator[None]:
+        """See the forward and backward pass of one micro-batch: `rows` = (B, T), one document a row, or `lengths` of
+        the documents packed in each row of `row_length` tokens; `samples` and `sources` name them in order."""
+        if rows is not None:
+            documents, sizes = Documents.rows(*rows), [rows[1]] * rows[0]
+            if lengths is not None:
+                sizes = [size for row in lengths for size in row]
+        elif lengths is not None and row_length is not None:
+            documents, sizes = Documents.packed(lengths, row_length), [size for row in lengths for size in row]
+        else:
+            raise ValueError("give `rows=(B, T)`, or `lengths=[[...], ...]` with `row_length`.")
+        unknown = [name for name in sources if name not in self._source_index]
+        if unknown:
+            raise ValueError(f"source {unknown[0]!r} is not among the run's sources {self.sources}.")
+        where = torch.tensor([self._source_index[name] for name in sources], dtype=torch.int64)
+        batch = Batch(documents, list(samples), where, sizes)
+        self._sources_now = where.to(self.layout.device)
+        self._counts[0].index_add_(0, where, torch.ones(len(where), dtype=torch.float64))
+        self._counts[1].index_add_(0, where, torch.tensor(sizes, dtype=torch.float64))
+        if self.state is None:
+            self.refresh()
+        if self.settings.samples:
+            self.samples.batch(batch)
+        with self.capture.batch(documents):
+            yield
+
+    def add_loss(self, loss: Tensor) -> None:
+        """Tell the training loss of this micro-batch, as it adds up over the step."""
+        self._losses.append(loss.detach())
+
+    def _see(self, index: int, x: Tensor, dy: Tensor, documents: Documents) -> None:
+        began = time.perf_counter()
+        x, dy = x.detach(), dy.detach()
+        slot = self.layout.exact_of[index]
+        if self.layout.is_narrow[index] and slot is not None:
+            shape = self.capture.layers[index].shape
+            sums = self.ledger.parts[slot][: len(self.sources)].view(-1, *shape)
+            if self.settings.samples:
+                self.samples.see_narrow(index, x, dy, self._sources_now, sums)
+            else:
+                ops.influence_dot(x, dy, documents.offsets, groups=self._sources_now, sums=sums)
+        else:
+            self._book_wide(index, x, dy, documents)
+            if self.settings.samples:
+                self.samples.see_wide(index, x, dy)
+        self.own_seconds += time.perf_counter() - began
+
+    def _book_wide(self, index: int, x: Tensor, dy: Tensor, documents: Documents) -> None:
+        """Add each source's gradient of a wide layer to its part where it is booked exactly (or its whole gradient
+        to the probe); no per-document gradient is formed."""
+        slot, dtype = self.layout.exact_of[index], self.layout.dtype
+        if slot is not None:
+            bounds = documents.offsets.tolist()
+            for source, first, last in zip(self._sources_now.tolist(), bounds, bounds[1:], strict=False):
+                part = self.ledger.parts[slot][source].view(self.capture.layers[index].shape)
+                part.addmm_(dy[first:last].to(dtype).T, x[first:last].to(dtype))
+        elif index in self._probes:
+            total = dy.to(dtype).T @ x.to(dtype)
+            self._probe_sums[index] = self._probe_sums[index] + total if index in self._probe_sums else total
+
+    @property
+    def _remaining(self) -> int | None:
+        return None if self.total_steps is None else max(self.total_steps - self.step, 0)
+
+    # the optimizer's step
+
+    def _choose_probes(self) -> list[int]:
+        """Layers on which the captured gradient is compared with the trainer's: the last two booked ones, or the
+        smallest where none is booked exactly."""
+        exact = [index for index, booked in enumerate(self.layout.is_exact) if booked]
+        layers = self.capture.layers
+        return exact[-2:] or [min(range(len(layers)), key=lambda index: layers[index].weight.numel())]
+
+    def _probe(self) -> tuple[Tensor, Tensor]:
+        """What the trainer multiplied the captured gradient by, and the share of its gradient that this misses.
+
+        The least-squares factor takes in loss scaling, averaging over ranks and clipping, whoever does them.
+        """
+        seen, used = [], []
+        for index in self._probes:
+            slot = self.layout.layer_slots[index]
+            if slot.parameter.grad is None:
+                continue
+            exact = self.layout.exact_of[index]
+            if exact is not None:
+                total = self.ledger.parts[exact].sum(0)
+            else:
+                total = self._probe_sums.pop(index, torch.zeros_like(slot.parameter)).view(-1)
+            seen.append(total)
+            used.append(slot.parameter.grad.reshape(-1).to(self.layout.dtype))
+        if not seen:
+            return self.layout.zeros(()) + 1, self.layout.zeros(())
+        captured, gradient = torch.cat(seen), torch.cat(used)
+        if dist.is_initialized():
+            dist.all_reduce(captured)
+        tiny = torch.finfo(captured.dtype).tiny
+        scale = (captured @ gradient) / (captured @ captured).clamp_min(tiny)
+        error = (gradient - scale * captured).norm() / gradient.norm().clamp_min(tiny)
+        return scale, error
+
+    def _after_optimizer(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ANN401
+        began = time.perf_counter()
+        self.step += 1
+        with torch.no_grad():
+            scale, error = self._probe()
+            self.ledger.book_step(scale)
+            if self.settings.samples:
+                self.samples.book_step(self.step, scale, self._remaining)
+        loss = torch.stack(self._losses).sum() if self._losses else torch.tensor(float("nan"))
+        self._events.append(
+            {
+                "event": "step",
+                "step": self.step,
+                "loss": loss,
+                "lr": float(self.optimizer.param_groups[0]["lr"]),
+                "scale": scale,
+                "identity_error": error,
+                "counts": self._counts.clone(),
+            }
+        )
+        self._losses = []
+        self._counts.zero_()
+        self.own_seconds += time.perf_counter() - began
+
+    def drop_step(self) -> None:
+        """Forget what was seen since the last step: the trainer skipped it."""
+        self.ledger.forget_step()
+        self.samples.drop_step()
+        self._probe_sums, self._losses = {}, []
+        self._counts.zero_()
+
+    # refreshing
+
+    def after_step(self) -> None:
+        """Refresh if it is due; call it when the step is done and the gradients are cleared."""
+        # early steps are long and curved, and second moments young: intervals grow from one step
+        if self.step - self._last_refresh >= min(self.refresh_every, self._last_refresh // 2 + 1):
+            self.refresh()
+
+    def refresh(self, *, settle: bool = False) -> dict[str, Entry]:
+        """Measure the targets at the present weights, close the interval that ends here and start the next.
+
+        `settle` books at once what is still to come of every sample, so that nothing is left open.
+        """
+        if self.state is not None and self.step == self._last_refresh:
+            if settle and self.samples.has_open:  # measured here already: only the samples' echo is left to book
+                columns, *booked = self._close_samples(self.state, settle)
+                self._write_influence(columns)
+                self._early = tuple(booked)
+            return {}
+        began = time.perf_counter()
+        state = self.targets.measure(self.model, self.layout.parameters, self.layout.dtype)
+        entries: dict[str, Entry] = {}
+        events = self._flush()
+        if self.state is not None:
+            columns, total, wide = self._close_samples(state, settle)
+            if self._early is not None:
+                total, wide, self._early = total + self._early[0], wide + self._early[1], None
+            entries, gap = self.ledger.balance(state, wide, total)
+            self._write_influence(columns)
+            events.append(
+                {
+                    "event": "interval",
+                    "step": self.step,
+                    "from": self._last_refresh,
+                    "to": self.step,
+                    "displacement_error": gap,
+                    "abilities": {ability: entry.as_dict() for ability, entry in entries.items()},
+                }
+            )
+            self._adapt(entries)
+        elif not self._resumed:
+            self.ledger.carry()
+        seconds = time.perf_counter() - began
+        self.refresh_seconds += seconds
+        if not self._resumed:  # a resumed run measures again where it stopped, and has that event already
+            errors = {ability: state.error(ability) for ability in state.losses}
+            events.append(
+                {"event": "refresh", "step": self.step, "losses": state.losses, "errors": errors, "seconds": seconds}
+            )
+        self._resumed = False
+        if _rank() == 0:
+            self.record.append_all(events)
+        self.state, self._last_refresh = state, self.step
+        self.ledger.begin(state)
+        if self.settings.samples:
+            self.samples.begin(state.gradient)
+        return entries
+
+    def _close_samples(self, state: TargetState, settle: bool) -> tuple[list[Columns], Tensor, Tensor]:
+        if not self.settings.samples:
+            nothing = torch.zeros(len(self.sources), len(self.targets.abilities), dtype=torch.float64)
+            return [], nothing, nothing
+        columns, total, wide = self.samples.close(state.gradient, len(self.sources), self._remaining, settle=settle)
+        if dist.is_initialized():
+            for sums in (total, wide):
+                moved = sums.to(self.layout.device)
+                dist.all_reduce(moved)
+                sums.copy_(moved)
+        return columns, total, wide
+
+    def _adapt(self, entries: dict[str, Entry]) -> None:
+        """Halve the interval when the residual's share is above the bound, double it when far below.
+
+        The trapezoid's error grows with the square of the interval for each step covered.
+        """
+        bound = self.settings.residual_bound
+        if bound is None:
+            return
+        share = max(abs(entry.residual) / max(entry.gross, 1e-12) for entry in entries.values())
+        if share > bound:
+            self.refresh_every = max(1, self.refresh_every // 2)
+        elif share < bound / 4:
+            self.refresh_every = min(4 * self.settings.refresh_every, 2 * self.refresh_every)
+
+    def _flush(self) -> list[dict[str, Any]]:
+        """Bring the numbers of the steps since the last refresh to the host in one go."""
+        events = []
+        for event in self._events:
+            counts = event.pop("counts").to(self.layout.device)
+            loss = event["loss"].to(self.layout.device, torch.float32)
+            if dist.is_initialized():
+                dist.all_reduce(counts)
+                dist.all_reduce(loss)
+                loss = loss / dist.get_world_size()
+            event.update(
+                loss=float(loss),
+                scale=float(event["scale"]),
+                identity_error=float(event["identity_error"]),
+                documents=dict(zip(self.sources, counts[0].int().tolist(), strict=True)),
+                tokens=dict(zip(self.sources, counts[1].int().tolist(), strict=True)),
+            )
+            events.append(event)
+        self._events = []
+        return events
+
+    def _write_influence(self, columns: list[Columns]) -> None:
+        if not columns:
+            return
+        abilities = self.targets.abilities
+        steps, ids, sources, phis = [], [], [], []
+        tokens: list[list[float]] = []
+        for column in columns:
+            for row, sample in enumerate(column.batch.samples):
+                steps += [column.step] * len(abilities)
+                ids += [sample] * len(abilities)
+                sources += [self.sources[int(column.batch.sources[row])]] * len(abilities)
+                if column.tokens is not None:
+                    first = int(column.batch.documents.offsets[row])
+                    tokens += column.tokens[first : first + column.batch.lengths[row]].T.tolist()
+            phis.append(column.phi.float().numpy().reshape(-1))
+        table: dict[str, Any] = {
+            "step": np.array(steps, dtype=np.int32),
+            "sample_id": ids,
+            "source": sources,
+            "ability": abilities * (len(ids) // len(abilities)),
+            "phi": np.concatenate(phis),
+        }
+        if self.settings.tokens:
+            table["tokens"] = tokens
+        self.record.write_influence(min(steps), max(steps), table, rank=_rank())
+
+    def finish(self) -> None:
+        """Close the last interval and the record."""
+        self.refresh(settle=True)
+        if _rank() == 0:
+            seconds = time.perf_counter() - self._began
+            self.record.append(
+                "end",
+                self.step,
+                seconds=seconds,
+                step_seconds=seconds - self.refresh_seconds,
+                own_seconds=self.own_seconds if self.layout.device.type == "cpu" else None,
+                refresh_seconds=self.refresh_seconds,
+            )
+        self.close()
+
+    def close(self) -> None:
+        """Take all hooks off the model and the optimizer."""
+        self.capture.close()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    # resuming
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resume needs beside the trainer's own checkpoint. The interval is closed first."""
+        self.refresh(settle=True)
+        moment = self.ledger.moment.clone()
+        if dist.is_initialized():
+            dist.all_reduce(moment)
+        return {
+            "schema": STATE_SCHEMA,
+            "step": self.step,
+            "sources": self.sources,
+            "abilities": self.targets.abilities,
+            "refresh_every": self.refresh_every,
+            "moment": moment.cpu(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken, on a model and optimizer loaded from the same checkpoint."""
+        for key, mine in (("schema", STATE_SCHEMA), ("sources", self.sources), ("abilities", self.targets.abilities)):
+            if state[key] != mine:
+                raise ValueError(
+                    f"the checkpoint's books have {key} {state[key]}, this run has {mine}: resume with the same "
+                    f"sources and targets, or start a new run."
+                )
+        if tuple(state["moment"].shape) != tuple(self.ledger.moment.shape):
+            raise ValueError(
+                f"the checkpoint's books cover {tuple(state['moment'].shape)} (rows, parameters), this model has "
+                f"{tuple(self.ledger.moment.shape)}: are the adapters the same?"
+            )
+        self.step = self._last_refresh = int(state["step"])
+        self.refresh_every = int(state["refresh_every"])
+        self._resumed = True
+        if _rank() == 0:
+            self.ledger.moment.copy_(state["moment"])
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
