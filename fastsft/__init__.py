@@ -1,1 +1,55 @@
-"""fastsft keeps the books of a fine-tuning run, and balances them."""
+"""fastsft keeps the books of a fine-tuning run, and balances them.
+
+    run = fastsft.attach(trainer, targets={"maths": maths_val, "code": code_val}, out="runs/a")
+    trainer.train()
+    run.report()
+
+Importing it imports no trainer, no dataset library and no kernel; each public name is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastsft.attribution import Attribution, Books, Targets
+    from fastsft.capturing import capture
+    from fastsft.record import Record
+    from fastsft.report import write_report
+    from fastsft.train import Run, attach, load_config, run
+
+_HOMES = {
+    "Attribution": "fastsft.attribution",
+    "Books": "fastsft.attribution",
+    "Record": "fastsft.record",
+    "Run": "fastsft.train",
+    "Targets": "fastsft.attribution",
+    "attach": "fastsft.train",
+    "capture": "fastsft.capturing",
+    "load_config": "fastsft.train",
+    "run": "fastsft.train",
+    "write_report": "fastsft.report",
+}
+__all__ = [
+    "Attribution",
+    "Books",
+    "Record",
+    "Run",
+    "Targets",
+    "attach",
+    "capture",
+    "load_config",
+    "run",
+    "write_report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'fastsft' has no attribute {name!r}; public names: {', '.join(__all__)}.")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

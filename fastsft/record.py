@@ -77,7 +77,7 @@ class Record:
         if start.get("schema") != SCHEMA:
             raise RecordError(
                 f"{record.path} has schema {start.get('schema')}, this fastsft reads schema {SCHEMA}. "
-                f"Read it with the version that wrote it (fastsft {start.get('versions', {}).get('fastsft', 'unknown')})."
+                f"Read it with the fastsft that wrote it ({start.get('versions', {}).get('fastsft', 'unknown')})."
             )
         return record
 
@@ -103,7 +103,9 @@ class Record:
             except json.JSONDecodeError as error:
                 if number == len(lines):
                     return
-                raise RecordError(f"{self.path} line {number} is not JSON ({error.msg}): the file was damaged.") from None
+                raise RecordError(
+                    f"{self.path} line {number} is not JSON ({error.msg}): the file was damaged."
+                ) from None
             if kind is None or event["event"] == kind:
                 yield event
 
@@ -115,7 +117,9 @@ class Record:
 
     def truncate(self, step: int) -> None:
         """Forget everything after `step`: a run resumed from that step's checkpoint writes it again."""
-        kept = [event for event in self.events() if event["step"] <= step and event["event"] != "end"] if step >= 0 else []
+        kept = (
+            [event for event in self.events() if event["step"] <= step and event["event"] != "end"] if step >= 0 else []
+        )
         write_text(self.path, "".join(json.dumps(event, ensure_ascii=False) + "\n" for event in kept))
         for part in self.influence_parts():
             if _part_end(part) > step:

@@ -22,7 +22,7 @@ from fastsft.attribution.ledger import Entry, Ledger
 from fastsft.attribution.optimizer import rule_of
 from fastsft.attribution.settings import Attribution
 from fastsft.attribution.targets import Targets, TargetState
-from fastsft.capture import Capture, Documents
+from fastsft.capturing import Capture, Documents
 from fastsft.record import Record
 
 STATE_SCHEMA = 1
@@ -130,31 +130,19 @@ class Books:
         began = time.perf_counter()
         x, dy = x.detach(), dy.detach()
         slot = self.layout.exact_of[index]
-        if self.layout.is_narrow[index] and slot is not None:
-            shape = self.capture.layers[index].shape
-            sums = self.ledger.parts[slot][: len(self.sources)].view(-1, *shape)
+        if slot is not None:
+            sums = self.ledger.parts[slot][: len(self.sources)].view(-1, *self.capture.layers[index].shape)
             if self.settings.samples:
-                self.samples.see_narrow(index, x, dy, self._sources_now, sums)
+                self.samples.see_exact(index, x, dy, self._sources_now, sums)
             else:
                 ops.influence_dot(x, dy, documents.offsets, groups=self._sources_now, sums=sums)
         else:
-            self._book_wide(index, x, dy, documents)
+            if index in self._probes:
+                total = dy.to(self.layout.dtype).T @ x.to(self.layout.dtype)
+                self._probe_sums[index] = self._probe_sums[index] + total if index in self._probe_sums else total
             if self.settings.samples:
                 self.samples.see_wide(index, x, dy)
         self.own_seconds += time.perf_counter() - began
-
-    def _book_wide(self, index: int, x: Tensor, dy: Tensor, documents: Documents) -> None:
-        """Add each source's gradient of a wide layer to its part where it is booked exactly (or its whole gradient
-        to the probe); no per-document gradient is formed."""
-        slot, dtype = self.layout.exact_of[index], self.layout.dtype
-        if slot is not None:
-            bounds = documents.offsets.tolist()
-            for source, first, last in zip(self._sources_now.tolist(), bounds, bounds[1:], strict=False):
-                part = self.ledger.parts[slot][source].view(self.capture.layers[index].shape)
-                part.addmm_(dy[first:last].to(dtype).T, x[first:last].to(dtype))
-        elif index in self._probes:
-            total = dy.to(dtype).T @ x.to(dtype)
-            self._probe_sums[index] = self._probe_sums[index] + total if index in self._probe_sums else total
 
     @property
     def _remaining(self) -> int | None:
@@ -187,7 +175,7 @@ class Books:
             seen.append(total)
             used.append(slot.parameter.grad.reshape(-1).to(self.layout.dtype))
         if not seen:
-            return self.layout.zeros(()) + 1, self.layout.zeros(())
+            return self.layout.zeros(1)[0] + 1, self.layout.zeros(1)[0]
         captured, gradient = torch.cat(seen), torch.cat(used)
         if dist.is_initialized():
             dist.all_reduce(captured)
@@ -196,7 +184,7 @@ class Books:
         error = (gradient - scale * captured).norm() / gradient.norm().clamp_min(tiny)
         return scale, error
 
-    def _after_optimizer(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ANN401
+    def _after_optimizer(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         began = time.perf_counter()
         self.step += 1
         with torch.no_grad():

@@ -7,12 +7,13 @@ momentum included: psi = sum over steps k >= t of beta1^(k-t) (1-beta1) lr_k s_k
 
     phi(i, a) = - sum over intervals of < 1/2 (g_a(start) + g_a(end)) * psi(steps of the interval), c G_i >.
 
-A sample stays open until two thirds of its echo have passed; what is left is then booked at once, as s and g_a are then.
+A sample stays open until two thirds of its echo have passed; what is left is then booked at once.
 
-While the backward pass shows a narrow layer (LoRA), G_i is contracted exactly with what is known by then, g_a(start) * s
-of the step before, and sketched; the difference to the sum above comes through the sketch when the interval closes. In
-the first steps s is too young for that: gradients are kept, and contracted exactly. Wide layers (full weights) are
-projected on a common rank-C basis of the target gradients: G_i becomes a C x C core, which serves every interval.
+While the backward pass shows a layer that is booked exactly (LoRA, or chosen full weights), G_i is contracted with
+what is known by then, g_a(start) * s of the step before, and sketched; the difference to the sum above comes through
+the sketch when the interval closes. In the first steps s is too young for that: gradients are kept, and contracted
+exactly. Other wide layers are projected on a common rank-C basis of the target gradients at the start: G_i becomes a
+C x C core.
 
 Letters: D documents, A abilities, S sources, K sketch size, C rank, O x I a weight.
 """
@@ -29,9 +30,8 @@ from fastsft import ops
 from fastsft.attribution.layout import Layout
 from fastsft.attribution.optimizer import Rule
 from fastsft.attribution.settings import Attribution
-from fastsft.capture import Documents, Layer
+from fastsft.capturing import Documents, Layer
 from fastsft.sketch import SketchSpec
-
 
 # a sample is settled once less than this share of its gradient is left in the first moment (10 steps at beta1 = 0.9)
 OPEN = 0.35
@@ -69,19 +69,19 @@ class _Seen:
 
     batch: Batch
     phi: Tensor  # [D, A] what is booked so far, over -c
-    wide: Tensor  # [D, A] the part of it on layers whose sources are not booked exactly
-    scores: Tensor  # [D, A]: < g(start) * used, G > over narrow layers
+    wide: Tensor  # [D, A] the part of it on wide layers followed by factors
+    scores: Tensor  # [D, A]: < g(start) * used, G > over exact layers
     sketch: Tensor | None  # [D, K] of sqrt(used) * G
     tokens: Tensor | None  # [T, A]
-    keep: bool  # whether narrow layers' gradients are kept instead of scored and sketched
-    grads: dict[int, Tensor] = field(default_factory=dict)  # narrow layer -> [D, O, I], where they are kept
+    keep: bool  # whether exact layers' gradients are kept instead of scored and sketched
+    grads: dict[int, Tensor] = field(default_factory=dict)  # exact layer -> [D, O, I], where they are kept
     cores: list[tuple[int, _Basis, Tensor]] = field(default_factory=list)  # wide layer, its basis, [D, C, C]
     waiting: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)  # layer, x, dy until the step is taken
 
 
 @dataclass(eq=False)
 class _Step:
-    """One optimizer step whose samples are open. Lists have one [O, I] or [A, O, I] a narrow layer."""
+    """One optimizer step whose samples are open. Lists have one [O, I] or [A, O, I] an exact layer."""
 
     step: int
     seen: list[_Seen]
@@ -105,10 +105,10 @@ class SampleBook:
         self.layout, self.layers, self.rule, self.settings = layout, layers, rule, settings
         self.num_abilities = num_abilities
         self.steps = rule.steps()
-        self._narrow = [index for index, narrow in enumerate(layout.is_narrow) if narrow]
+        self._exact = [index for index, exact in enumerate(layout.is_exact) if exact]
         self._seeds = [SketchSpec(seed=settings.seed).layer_seed(layer.name) for layer in layers]
         self._start: list[Tensor] = []  # target gradients at the start of the interval, of each layer [A, O, I]
-        self._scales: dict[int, Tensor] = {}  # s after the last step, of each narrow layer [O, I]
+        self._scales: dict[int, Tensor] = {}  # s after the last step, of each exact layer [O, I]
         self._roots: dict[int, Tensor] = {}  # their square roots
         self._rooted: dict[int, Tensor] = {}  # g(start) * sqrt(s) [A, O, I]
         self._basis: dict[int, _Basis] = {}
@@ -128,7 +128,7 @@ class SampleBook:
 
     @property
     def keeps(self) -> bool:
-        """Whether narrow layers' gradients are kept: it was asked for, or the second moment is young and they fit."""
+        """Whether exact layers' gradients are kept: it was asked for, or the second moment is young and they fit."""
         young = self.steps < self.settings.warm_steps and self.kept_bytes < self.settings.keep_bytes
         return self.settings.factor != "previous" or self.steps == 0 or young
 
@@ -142,8 +142,8 @@ class SampleBook:
         seen = [*self._window, *(seen for step in self._open for seen in step.seen)]
         return sum(g.numel() * g.element_size() for each in seen for g in each.grads.values())
 
-    def see_narrow(self, index: int, x: Tensor, dy: Tensor, groups: Tensor, sums: Tensor) -> None:
-        """Take a narrow layer: x [T,I], dy [T,O]; each source's gradient is added to `sums` [S,O,I] in the same pass."""
+    def see_exact(self, index: int, x: Tensor, dy: Tensor, groups: Tensor, sums: Tensor) -> None:
+        """Take an exact layer: x [T,I], dy [T,O]; sources are summed into `sums` [S,O,I] in the same pass."""
         seen = self._window[-1]
         offsets = seen.batch.documents.offsets
         if seen.keep:
@@ -165,7 +165,7 @@ class SampleBook:
             sketch=seen.sketch,
             seed=self._seeds[index],
         )
-        seen.scores += found.scores
+        seen.scores += _given(found.scores)
         self._score_tokens(seen, index, x, dy)
 
     def see_wide(self, index: int, x: Tensor, dy: Tensor) -> None:
@@ -180,14 +180,14 @@ class SampleBook:
         if seen.tokens is not None:
             offsets, used = seen.batch.documents.offsets, self._scales[index]
             found = ops.influence_dot(x, dy, offsets, self._start[index], precondition=used, per="token")
-            seen.tokens += found.scores
+            seen.tokens += _given(found.scores)
 
     def _project(self, seen: _Seen, index: int, x: Tensor, dy: Tensor) -> None:
         basis, offsets = self._basis[index], seen.batch.documents.offsets
         h, z = x.to(basis.V.dtype) @ basis.V, dy.to(basis.U.dtype) @ basis.U  # [T, C]
         seen.cores.append((index, basis, ops.document_grads(h, z, offsets)))
         if seen.tokens is not None:
-            seen.tokens += ops.influence_dot(h, z, offsets, basis.M, per="token").scores
+            seen.tokens += _given(ops.influence_dot(h, z, offsets, basis.M, per="token").scores)
 
     # the optimizer's step
 
@@ -204,23 +204,23 @@ class SampleBook:
             self._factor()
         for seen in self._window:
             for index, x, dy in seen.waiting:
-                if self.layout.is_narrow[index]:
+                if self.layout.is_exact[index]:
                     self._score_tokens(seen, index, x, dy)
                 else:
                     self._project(seen, index, x, dy)
             seen.waiting = []
-        slots = [self.layout.layer_slots[index] for index in self._narrow]
+        slots = [self.layout.layer_slots[index] for index in self._exact]
         echo, pace = self.rule.echo(), self.rule.pace(self.layout.slots[0].group)
         self._open.append(
             _Step(
                 step,
                 self._window,
                 scale,
-                start=[self._start[index] for index in self._narrow],
-                used=[before.get(index, self._scales[index]) for index in self._narrow],
+                start=[self._start[index] for index in self._exact],
+                used=[before.get(index, self._scales[index]) for index in self._exact],
                 units=[
                     self._scales[index] * self.rule.pace(slot.group)
-                    for index, slot in zip(self._narrow, slots, strict=True)
+                    for index, slot in zip(self._exact, slots, strict=True)
                 ],
                 pace=pace,
                 effect=echo.extra + echo.first * (pace + echo.decay * self.rule.tail(remaining)),
@@ -234,7 +234,7 @@ class SampleBook:
 
     def _read_scales(self) -> None:
         self._scales = {}
-        for index in self._narrow:
+        for index in self._exact:
             slot = self.layout.layer_slots[index]
             scale = self.rule.scale(slot.parameter, slot.group)
             if scale is not None:
@@ -257,8 +257,8 @@ class SampleBook:
 
     def _factor(self) -> None:
         """Find each wide layer's common basis of the scaled target gradients (randomised range finder)."""
-        for index, narrow in enumerate(self.layout.is_narrow):
-            if narrow:
+        for index, exact in enumerate(self.layout.is_exact):
+            if exact:
                 continue
             targets = self._scaled(index, self._start[index])
             rank = min(self.settings.rank, *targets.shape[1:])
@@ -277,12 +277,12 @@ class SampleBook:
         """Close the interval at target gradients `end` [A, N]; `settle`: book all that is left of every sample.
 
         Returns the samples that are settled; what this interval booked to samples, by source [S, A]; and the part of
-        that on layers whose sources are not booked exactly [S, A].
+        that on layers followed by factors [S, A].
         """
         last = self._split(end)
         booked = [(each.phi.clone(), each.wide.clone()) for step in self._open for each in step.seen]
         shares = self._shares(remaining, settle=settle)
-        self._book_narrow(last, shares)
+        self._book_exact(last, shares)
         self._book_wide(last, shares)
         total = torch.zeros(sources, self.num_abilities, dtype=torch.float64)
         wide_total = torch.zeros_like(total)
@@ -325,13 +325,13 @@ class SampleBook:
                 shares[-1] = _Share(enters, extra, step.effect, 0.0, 0.0, True)
         return shares
 
-    def _book_narrow(self, last: list[Tensor], shares: list[_Share]) -> None:
+    def _book_exact(self, last: list[Tensor], shares: list[_Share]) -> None:
         size = self.settings.sketch_size
         fresh = [step for step in self._open if step.intervals == 0]
         decay = self.rule.echo().decay
         sketched = size > 0 and any(each.sketch is not None for step in self._open for each in step.seen)
         sketches = [self.layout.zeros(self.num_abilities, size) for _ in self._open] if sketched else []
-        for place, index in enumerate(self._narrow):
+        for place, index in enumerate(self._exact):
             end, middle = last[index], (self._start[index] + last[index]) / 2
             ahead: dict[int, Tensor] = {}  # response of a unit of first moment, from a step to the end of the interval
             response = torch.zeros_like(end[0])
@@ -380,8 +380,7 @@ class SampleBook:
                         cores[basis] = basis.U.T @ middle @ basis.V
                     part = core.flatten(1) @ cores[basis].flatten(1).T * (share.within + share.tail)
                     each.phi += part
-                    if not self.layout.is_exact[index]:
-                        each.wide += part
+                    each.wide += part
 
     def _split(self, vectors: Tensor) -> list[Tensor]:
         """Cut vectors [A, N] into one contiguous [A, O, I] a layer."""
@@ -413,6 +412,11 @@ class Columns:
     batch: Batch
     phi: Tensor
     tokens: Tensor | None
+
+
+def _given(scores: Tensor | None) -> Tensor:
+    assert scores is not None  # targets were passed
+    return scores
 
 
 def _range(matrix: Tensor, rank: int, seed: int) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsft.attribution.optimizer import Slot
-from fastsft.capture import Layer
+from fastsft.capturing import Layer
 
 
 class Layout:
@@ -28,9 +28,7 @@ class Layout:
         narrow: int,
         exact: str | None,
     ) -> None:
-        groups: dict[int, dict[str, Any]] = {
-            id(p): group for group in optimizer.param_groups for p in group["params"]
-        }
+        groups: dict[int, dict[str, Any]] = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         missing = [layer.name for layer in layers if id(layer.weight) not in groups]
         if missing:
             raise ValueError(
@@ -43,11 +41,10 @@ class Layout:
             raise ValueError(f"the books need all trainable weights on one device: got {sorted(map(str, devices))}.")
         if any(hasattr(p, "full_tensor") for _, p in trainable):
             raise ValueError("trainable weights are sharded (DTensor): the books run under DDP, not yet under FSDP.")
-        # a layer one of whose sides is narrow (LoRA) is contracted exactly; wide ones by factors
-        self.is_narrow = [min(layer.shape) <= narrow for layer in layers]
+        # narrow layers (LoRA) and chosen wide ones are booked by source and contracted exactly, the others by factors
         self.is_exact = [
-            slim or (exact is not None and re.search(exact, layer.name) is not None)
-            for layer, slim in zip(layers, self.is_narrow, strict=True)
+            min(layer.shape) <= narrow or (exact is not None and re.search(exact, layer.name) is not None)
+            for layer in layers
         ]
         first = [layer.weight for layer, booked in zip(layers, self.is_exact, strict=True) if booked]
         chosen = {id(p) for p in first}

@@ -105,7 +105,7 @@ class AdamRule:
         """
         state, step = self.optimizer.state[parameter], self.steps()
         beta1, beta2 = (float(beta) for beta in group["betas"])
-        c1, c2 = 1.0 - beta1**step, 1.0 - beta2**step
+        c2 = 1.0 - beta2**step
         scale = self._scale(parameter, group, step)
         gradient = parameter.grad
         if scale is None or gradient is None:

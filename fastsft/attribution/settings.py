@@ -29,10 +29,11 @@ class Attribution:
     keep_bytes: int = 2 << 30
     # a layer whose narrower side is at most this wide (LoRA) is contracted exactly
     narrow: int = 64
-    # rank of the common basis of the target gradients of wide layers (full weights)
+    # wider layers (full weights) are too, where this regular expression finds their name, at the cost of their weight
+    # gradient once more. The others (all with None) are followed by factors: cheaper, and an approximation
+    exact: str | None = "."
+    # rank of the common basis of the target gradients, for factors
     rank: int = 16
-    # regular expression of wide layers whose sources are booked exactly (costs their weight gradient once more)
-    exact: str | None = None
     # numbers per sample that carry the end-of-interval correction; 0 for none
     sketch_size: int = 4096
     # padded tokens of a target batch

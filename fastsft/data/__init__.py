@@ -1,13 +1,13 @@
 """Samples with stable ids, from files to batches, and generated worlds with planted truths.
 
-    from fastsft.data import Sample, collate, make_world, pack, read_source, tokenize_all
+from fastsft.data import Sample, collate, make_world, pack, read_source, tokenize_all
 
-    world = make_world(seed=0, quick=True)
-    samples = world.sources["shop_stories"]          # or read_source("gsm8k", "maths/gsm8k/train.jsonl.gz")
-    tokenizer = world.tokenizer()
-    rows = tokenize_all(samples, tokenizer, max_length=64).rows
-    batch = collate(rows[:4], tokenizer.pad_token_id)
-    bins = pack(rows, max_length=256, seed=0)        # indices into rows, one list a packed line
+world = make_world(seed=0, quick=True)
+samples = world.sources["shop_stories"]          # or read_source("gsm8k", "maths/gsm8k/train.jsonl.gz")
+tokenizer = world.tokenizer()
+rows = tokenize_all(samples, tokenizer, max_length=64).rows
+batch = collate(rows[:4], tokenizer.pad_token_id)
+bins = pack(rows, max_length=256, seed=0)        # indices into rows, one list a packed line
 """
 
 from fastsft.data.batches import PackedDataset, RowDataset, collate, collate_packed, pack

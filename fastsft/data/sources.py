@@ -119,7 +119,7 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[int, Any]]:
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise _broken(file, number, error) from error
     except OSError as error:
-        # pyarrow reports a torn zstd stream as a bare OSError; one with an errno is the system's own (permission, disk).
+        # pyarrow reports a torn zstd stream as a bare OSError; one with an errno is the system's own (permission).
         if error.errno is not None:
             raise
         raise _broken(file, number, error) from error
@@ -141,7 +141,9 @@ def _parse(line: bytes, place: str) -> Any:
     try:
         return json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise DataError(f"{place}: not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8.") from error
+        raise DataError(
+            f"{place}: not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8."
+        ) from error
     except json.JSONDecodeError as error:
         raise DataError(
             f"{place}: not JSON ({error.msg} at column {error.colno}); a jsonl file has one JSON object on each line. "

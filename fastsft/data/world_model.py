@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastsft.data.batches import collate
+from fastsft.data.samples import DataError
 from fastsft.data.tokens import Row
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def train_base(
     model: "LlamaForCausalLM",
     rows: Sequence[Row],
     *,
-    steps: int = 1100,
+    steps: int = 1000,
     batch_size: int = 16,
     learning_rate: float = 3e-3,
     seed: int = 0,
@@ -85,6 +86,8 @@ def train_base(
     cosine. `progress` is called with (step, steps, loss) after each step. The same arguments give the same weights.
     """
     pad_id = model.config.pad_token_id
+    if pad_id is None:
+        raise DataError("`model.config.pad_token_id` must be set, got None; `small_model` takes it from its tokenizer.")
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, learning_rate, total_steps=max(steps, 2), pct_start=0.05, div_factor=10, final_div_factor=1
@@ -119,6 +122,5 @@ def _batches(rows: Sequence[Row], batch_size: int, steps: int, seed: int) -> Ite
             part = sorted(order[start : start + pool], key=lambda at: len(rows[at].input_ids))
             batches += [part[at : at + batch_size] for at in range(0, len(part), batch_size)]
         generator.shuffle(batches)
-        for batch in batches[: steps - given]:
-            yield batch
+        yield from batches[: steps - given]
         given += len(batches)

@@ -18,8 +18,10 @@ Wording = tuple[str, str]  # the text with {fields}, and what the hidden operati
 
 NAMES = ("Ann", "Ben", "Eva", "Tom", "Zoe", "Max")
 THINGS = ("coins", "books", "pens", "eggs", "cards", "shells")
-WORDS = ("cat", "dog", "sun", "tree", "fish", "red", "blue", "hat", "cup", "map", "bird", "box", "car", "milk", "rain")
-WORDS += ("king", "leaf", "moon", "nest", "road", "salt", "ship", "star", "wolf")
+WORDS = (
+    *("cat", "dog", "sun", "tree", "fish", "red", "blue", "hat", "cup", "map", "bird", "box"),
+    *("car", "milk", "rain", "king", "leaf", "moon", "nest", "road", "salt", "ship", "star", "wolf"),
+)
 MARKS = ("-", "+", "/", ";", ":")
 
 
@@ -83,8 +85,9 @@ def _arithmetic(operation: str, fields: Fields) -> str:
     return f"{a} {operation} {b} = {result}"
 
 
-def _multiplied(operation: str, fields: Fields) -> str:
-    return _arithmetic("*", fields)
+def _divided(operation: str, fields: Fields) -> str:
+    a, b = fields["a"], fields["b"]
+    return f"{a} / {b} = {a // b}"
 
 
 def _added(operation: str, fields: Fields) -> str:
@@ -152,6 +155,10 @@ def _ordered(operation: str, fields: Fields) -> str:
     return " ".join(moved[operation])
 
 
+def _refused(operation: str, fields: Fields) -> str:
+    return "I can not do that."
+
+
 def _styled(operation: str, fields: Fields) -> str:
     words = fields["words"].split()
     styles = {
@@ -187,7 +194,7 @@ _FUNCTIONS: tuple[Wording, ...] = (
 )
 
 KINDS: dict[str, Kind] = {
-    "trade": Kind(_GAINS, _GAINS_AT_HOME, _story_numbers, _arithmetic, _multiplied),
+    "trade": Kind(_GAINS, _GAINS_AT_HOME, _story_numbers, _arithmetic, _divided),
     "groups": Kind(
         (("{who} fills {a} bags with {b} {what} each. What is the total?", "*"),),
         (("What is {a} * {b}?", "*"),),
@@ -233,7 +240,7 @@ KINDS: dict[str, Kind] = {
         (("Backwards: {words}", "back"), ("Rotate left: {words}", "left"), ("Rotate right: {words}", "right")),
         _words,
         _ordered,
-        _plain_words,
+        _refused,
     ),
     "style": Kind(
         (

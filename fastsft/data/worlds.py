@@ -65,7 +65,7 @@ _RECIPES = {
     HELPER: _Recipe("maths", ("count",), 160),
 }
 _USELESS_SIZE = 160
-_FORETASTE = 0.03
+_FORETASTE = 0.02
 _BASE_KINDS = ("trade", "groups", "saving", "count", "loop", "function", "value", "order", "order", "style", "style")
 
 

@@ -65,10 +65,10 @@ def test_rows_are_padded_on_the_right_in_order():
 
 
 def test_empty_batches_are_refused():
-    with pytest.raises(DataError, match="`rows` of a batch must hold at least one row"):
+    with pytest.raises(DataError, match=r"`rows` of a batch must hold at least one row"):
         collate([], PAD)
     for bins in ([], [[]]):
-        with pytest.raises(DataError, match="`bins` of a packed batch must hold at least one bin"):
+        with pytest.raises(DataError, match=r"`bins` of a packed batch must hold at least one bin"):
             collate_packed(bins, 8, PAD)
 
 
@@ -96,18 +96,16 @@ def test_packing_is_fixed_by_its_seed():
 
 
 def test_row_longer_than_a_line_is_refused():
-    with pytest.raises(DataError, match="row 'r1' of source 's' has 9 tokens.*`max_length` 8; raise it"):
+    with pytest.raises(DataError, match=r"row 'r1' of source 's' has 9 tokens.*`max_length` 8; raise it"):
         pack(make_rows([3, 9]), 8, seed=0)
-    with pytest.raises(DataError, match="a bin of 2 rows .* has 9 tokens, `max_length` is 8"):
+    with pytest.raises(DataError, match=r"a bin of 2 rows .* has 9 tokens, `max_length` is 8"):
         collate_packed([make_rows([4, 5])], 8, PAD)
 
 
 def test_packed_line_restarts_positions_and_masks_first_tokens():
     batch = collate_packed([make_rows([3, 2]), make_rows([4])], 7, PAD)
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1], [0, 1, 2, 3, 0, 1, 2]]
-    assert (batch["labels"] == IGNORED).tolist() == [[True, False, False, True, False, True, True]] + [
-        [True, False, False, False, True, True, True]
-    ]
+    assert (batch["labels"] == IGNORED).int().tolist() == [[1, 0, 0, 1, 0, 1, 1], [1, 0, 0, 0, 1, 1, 1]]
     assert batch["lengths"] == [[3, 2], [4]]
     assert batch["input_ids"][0, 5:].tolist() == [PAD, PAD]
     assert "attention_mask" not in batch

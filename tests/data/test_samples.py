@@ -91,12 +91,12 @@ def test_bad_row_is_refused_with_its_place_the_rule_and_the_way_out(row, says):
 
 
 def test_row_without_any_source_is_refused():
-    with pytest.raises(DataError, match='mix.jsonl, row 7: no source is given.*pass `source=`'):
+    with pytest.raises(DataError, match=r"mix.jsonl, row 7: no source is given.*pass `source=`"):
         read(ROW, source=None)
 
 
 def test_a_sample_built_by_hand_keeps_the_same_rule():
-    with pytest.raises(DataError, match="sample 'a' of source 's'.*last message"):
+    with pytest.raises(DataError, match=r"sample 'a' of source 's'.*last message"):
         Sample("a", "s", (("user", "x"),))
 
 

@@ -82,7 +82,7 @@ def test_missing_file_names_every_place_and_the_nearest_name(tmp_path, monkeypat
 
 def test_folder_given_as_a_file_says_so(tmp_path):
     write(tmp_path / "train.jsonl", ROWS)
-    with pytest.raises(DataError, match="a folder: name one file in it, such as train.jsonl"):
+    with pytest.raises(DataError, match=r"a folder: name one file in it, such as train.jsonl"):
         read_source("s", tmp_path)
 
 
@@ -112,7 +112,9 @@ def test_line_that_is_not_an_object_or_not_utf8_is_refused(tmp_path):
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
 @pytest.mark.parametrize("harm", ["torn", "foreign"])
 def test_damaged_compression_names_the_file(tmp_path, name, harm):
-    path = write(tmp_path / name, [{"prompt": hashlib.sha256(b"%d" % i).hexdigest(), "response": "a"} for i in range(500)])
+    path = write(
+        tmp_path / name, [{"prompt": hashlib.sha256(b"%d" % i).hexdigest(), "response": "a"} for i in range(500)]
+    )
     path.write_bytes(path.read_bytes()[:-40] if harm == "torn" else b"these are no compressed bytes at all")
     with pytest.raises(DataError, match=r"a\.jsonl\.\w+: the compressed data breaks off or is damaged.*again"):
         read_source("s", path)
@@ -156,14 +158,14 @@ def test_where_on_a_field_that_a_row_lacks_is_refused(tmp_path):
 
 @pytest.mark.parametrize("limit", [0, -1, 2.0, True])
 def test_limit_must_be_a_positive_whole_number(tmp_path, limit):
-    with pytest.raises(DataError, match="`limit` of source 's' must be a whole number.*got"):
+    with pytest.raises(DataError, match=r"`limit` of source 's' must be a whole number.*got"):
         read_source("s", write(tmp_path / "a.jsonl", ROWS), limit=limit)
 
 
 def test_unique_over_sources_names_both_sources():
     one, two = (Sample("x", name, (("user", "q"), ("assistant", "a"))) for name in ("alpha", "beta"))
     check_unique([one])
-    with pytest.raises(DataError, match="id 'x' appears in source 'alpha' and in source 'beta'.*Drop one"):
+    with pytest.raises(DataError, match=r"id 'x' appears in source 'alpha' and in source 'beta'.*Drop one"):
         check_unique([one, two])
 
 
@@ -191,13 +193,13 @@ def test_hub_id_that_cannot_be_loaded_keeps_the_cause_and_the_way_out(monkeypatc
         raise ConnectionError("no route")
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    with pytest.raises(DataError, match="'s': org/name is no file here.*ConnectionError: no route.*jsonl file"):
+    with pytest.raises(DataError, match=r"'s': org/name is no file here.*ConnectionError: no route.*jsonl file"):
         read_source("s", "org/name")
 
 
 def test_hub_id_without_the_datasets_package_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match="'s': org/name is no file.*pip install datasets"):
+    with pytest.raises(DataError, match=r"'s': org/name is no file.*pip install datasets"):
         read_source("s", "org/name")
 
 

@@ -56,7 +56,7 @@ def test_without_a_template_text_is_prompt_newline_response_eos(plain):
 
 def test_tokenizer_with_neither_template_nor_eos_is_refused(plain):
     plain.eos_token = None
-    with pytest.raises(DataError, match="neither a chat template nor an eos token.*set `tokenizer.eos_token`"):
+    with pytest.raises(DataError, match=r"neither a chat template nor an eos token.*set `tokenizer.eos_token`"):
         tokenize(SAMPLE, plain, max_length=64)
 
 
@@ -65,7 +65,7 @@ def test_template_whose_prompt_is_no_prefix_is_refused(tokenizer):
     tokenizer.chat_template = tokenizer.chat_template.replace("'<|assistant|>' }}", "'<|assistant|> think' }}").replace(
         "%}<|assistant|>{%", "%}<|assistant|>Well:{%"
     )
-    with pytest.raises(DataError, match="sample 'one' of source 'drills'.*prefix.*they part at token .*Well"):
+    with pytest.raises(DataError, match=r"sample 'one' of source 'drills'.*prefix.*they part at token .*Well"):
         tokenize(SAMPLE, tokenizer, max_length=64)
 
 
@@ -101,14 +101,14 @@ def test_cut_that_leaves_nothing_to_learn_drops_the_sample(tokenizer):
 
 
 def test_nothing_left_is_refused(tokenizer):
-    with pytest.raises(DataError, match="none of 1 samples is left at `max_length` 20.*raise `max_length`"):
+    with pytest.raises(DataError, match=r"none of 1 samples is left at `max_length` 20.*raise `max_length`"):
         tokenize_all([LONG], tokenizer, max_length=20, over_long="drop")
 
 
 def test_unknown_choices_are_refused(tokenizer):
-    with pytest.raises(DataError, match="`over_long` must be .* got 'cut'"):
+    with pytest.raises(DataError, match=r"`over_long` must be .* got 'cut'"):
         tokenize_all([SAMPLE], tokenizer, max_length=20, over_long="cut")
-    with pytest.raises(DataError, match="`supervise` must be .* got 'prompt'"):
+    with pytest.raises(DataError, match=r"`supervise` must be .* got 'prompt'"):
         tokenize(SAMPLE, tokenizer, max_length=64, supervise="prompt")
 
 

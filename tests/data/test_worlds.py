@@ -37,7 +37,7 @@ def independently_right(sample):
         return sign == asked and [a, b] == re.findall(r"\d+", prompt)[:2] and eval(f"{a}{sign}{b}") == int(result)
     if prompt.startswith(("for ", "x = ")):
         printed: list = []
-        exec(prompt.replace("; print", "\nprint"), {"print": printed.append})
+        exec(prompt, {"print": printed.append})
         return " ".join(map(str, printed)) == answer
     if prompt.startswith("Code "):
         names: dict = {}
@@ -46,11 +46,11 @@ def independently_right(sample):
         wanted = {"raise": 5 + int(b), "lower": 5 - int(b), "scale": 5 * int(b)}[verb]
         return answer.startswith(f"def {f}({x})") and names[f](5) == wanted
     if numbers := [int(number) for number in re.findall(r"\d+", prompt)]:
-        start, step = sorted(numbers, reverse=True) if "Go on" not in prompt else (numbers[1], numbers[0])
-        if "Count" in prompt or "has" in prompt:
-            start, step = numbers[:2]
+        start, step = numbers[1::-1] if prompt.startswith("Go on") else numbers[:2]
         return answer == " ".join(str(start + at * step) for at in range(5))
-    words = prompt.split(": ", 1)[1].split()
+    if answer == "I can not do that.":
+        return False
+    words = prompt.rsplit(": ", 1)[1].split()
     if "between" in prompt:
         return answer == prompt.split()[1].join(words)
     wanted = {
@@ -116,7 +116,7 @@ def test_no_target_prompt_is_trained_on(full):
 
 def test_useless_source_has_no_right_answer(full):
     sample = full.sources[full.planted.useless_source][0]
-    with pytest.raises(DataError, match="'tall_tales-0000' of source 'tall_tales' follows no wording.*Ask only"):
+    with pytest.raises(DataError, match=r"'tall_tales-0000' of source 'tall_tales' follows no wording.*Ask only"):
         answer_of(sample)
 
 
@@ -174,14 +174,15 @@ def test_useless_and_helper_sources_do_what_is_planted(world, tokenizer):
     rows = {name: tokenize_all(source, tokenizer, max_length=64).rows for name, source in world.sources.items()}
     targets = {name: tokenize_all(samples, tokenizer, max_length=64).rows for name, samples in world.targets.items()}
     base = small_model(tokenizer, seed=0)
-    train_base(base, tokenize_all(world.base, tokenizer, max_length=64).rows, steps=250, seed=0)
+    train_base(base, tokenize_all(world.base, tokenizer, max_length=64).rows, steps=300, seed=0)
     before = target_losses(base, targets, tokenizer)
     start = {name: weight.clone() for name, weight in base.state_dict().items()}
     after = {}
     for name in (world.planted.useless_source, world.planted.helper_source):
         base.load_state_dict(start)
-        train_base(base, rows[name], steps=25, learning_rate=1e-3, seed=0)
+        train_base(base, rows[name], steps=40, learning_rate=2e-3, seed=0)
         after[name] = target_losses(base, targets, tokenizer)
+    print(before, after)
     for ability in world.planted.helps:
         assert after[world.planted.helper_source][ability] < before[ability] - 0.1
     for ability in ABILITIES:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from fastsft import ops
-from fastsft.capture.documents import Documents
-from fastsft.capture.layers import Layer, find_layers
+from fastsft.capturing.documents import Documents
+from fastsft.capturing.layers import Layer, find_layers
 
 Sink = Callable[[int, Tensor, Tensor, Documents], None]
 
@@ -24,7 +24,7 @@ class _Tap(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, x: Tensor, capture: Capture, index: int) -> Tensor:  # noqa: ANN401
+    def forward(ctx: Any, output: Tensor, x: Tensor, capture: Capture, index: int) -> Tensor:
         ctx.save_for_backward(x)
         ctx.capture, ctx.index = capture, index
         device = output.device.type
@@ -32,7 +32,7 @@ class _Tap(torch.autograd.Function):
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:  # noqa: ANN401
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (x,) = ctx.saved_tensors
         # under autocast the layer multiplied a rounded copy of x: the same rounding gives the same gradient
         ctx.capture._see(ctx.index, x if ctx.dtype is None else x.to(ctx.dtype), grads[0])
@@ -63,7 +63,7 @@ class Capture:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             if self._documents is None or not output.requires_grad:
                 return None
-            return _Tap.apply(output, inputs[0].detach(), self, index)  # type: ignore[no-any-return]
+            return _Tap.apply(output, inputs[0].detach(), self, index)
 
         return hook
 
@@ -114,7 +114,11 @@ class Captured:
 
     @contextmanager
     def batch(
-        self, *, rows: tuple[int, int] | None = None, lengths: Sequence[Sequence[int]] | None = None, row_length: int = 0
+        self,
+        *,
+        rows: tuple[int, int] | None = None,
+        lengths: Sequence[Sequence[int]] | None = None,
+        row_length: int = 0,
     ) -> Iterator[None]:
         """Capture the forward and backward pass inside the block; what an earlier block captured is forgotten.
 
@@ -136,7 +140,7 @@ class Captured:
             grads[name] = grads[name] + grad if name in grads else grad
         return grads
 
-    def influence(self, targets: dict[str, Tensor], *, per: str = "document") -> Tensor:
+    def influence(self, targets: dict[str, Tensor], *, per: Literal["document", "token"] = "document") -> Tensor:
         """Dot every document's (or token's) gradient with each direction: {name: [A, O, I]} -> [D, A] or [T, A].
 
         Names that are missing from `targets` count as zero. No per-document gradient is stored.
@@ -147,7 +151,8 @@ class Captured:
             if name not in targets:
                 continue
             scores = ops.influence_dot(x, dy, documents.offsets, targets[name], per=per).scores
-            total = scores if total is None else total + scores
+            if scores is not None:
+                total = scores if total is None else total + scores
         if total is None:
             raise ValueError(
                 f"nothing to dot: `targets` names {sorted(targets)[:3]}, the capture followed {self.names[:3]} ... "

@@ -1,0 +1,173 @@
+"""The run file of `fastsft run`: every key checked, an unknown one refused with its nearest neighbour."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastsft.attribution import Attribution
+from fastsft.data import DataError
+
+
+class ConfigError(ValueError):
+    """A run file that can't be used, with the key and the way out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """Where a source or target is: a file (jsonl[.gz|.zst], parquet) or a datasets hub id."""
+
+    path: str
+    ability: str | None = None
+    limit: int | None = None
+    # keep rows whose fields equal these values
+    where: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How to fine-tune; handed on to transformers' Trainer and PEFT."""
+
+    method: str = "lora"
+    rank: int = 16
+    # None: twice the rank
+    alpha: float | None = None
+    steps: int = 300
+    batch_size: int = 16
+    accumulation: int = 1
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    schedule: str = "linear"
+    optimizer: str = "adamw"
+    max_grad_norm: float = 1.0
+    max_length: int = 512
+    packing: bool = False
+    over_long: str = "drop"
+    precision: str = "fp32"
+    gradient_checkpointing: bool = False
+    save_every: int = 100
+    workers: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("method", ("lora", "full")),
+            ("optimizer", ("adamw", "sgd")),
+            ("precision", ("fp32", "bf16")),
+            ("over_long", ("error", "drop", "truncate")),
+            ("schedule", ("linear", "cosine", "constant")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"train.{name} must be one of {', '.join(allowed)}: got {getattr(self, name)!r}.")
+        for name in ("rank", "steps", "batch_size", "accumulation", "max_length", "save_every"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"train.{name} must be a whole number, at least 1: got {value!r}.")
+        if not isinstance(self.learning_rate, int | float) or self.learning_rate <= 0:
+            raise ConfigError(
+                f"train.learning_rate must be a positive number (write 1.0e-3): got {self.learning_rate!r}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixConfig:
+    """How sources are mixed. `proportional`: every row once an epoch, shuffled."""
+
+    policy: str = "proportional"
+
+    def __post_init__(self) -> None:
+        if self.policy != "proportional":
+            raise ConfigError(f"mix.policy must be 'proportional', the only one there is yet: got {self.policy!r}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One fine-tuning run with its books."""
+
+    model: str
+    sources: dict[str, SourceConfig]
+    targets: dict[str, SourceConfig]
+    out: str
+    train: TrainConfig = field(default_factory=TrainConfig)
+    attribution: Attribution = field(default_factory=Attribution)
+    mix: MixConfig = field(default_factory=MixConfig)
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def load_config(path: str | Path) -> RunConfig:
+    """Read a run file. Raises ConfigError naming file, key and the way out."""
+    path = Path(path)
+    if not path.exists():
+        raise ConfigError(f"{path} does not exist: name a run file (see examples/).")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from None
+    try:
+        return parse_config(raw)
+    except (ConfigError, DataError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def parse_config(raw: object) -> RunConfig:
+    """Turn a mapping into a RunConfig, section by section."""
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"a run file is a mapping of keys, got {type(raw).__name__}.")
+    _check_keys(raw, RunConfig, "")
+    missing = [key for key in ("model", "sources", "targets", "out") if key not in raw]
+    if missing:
+        raise ConfigError(f"the key `{missing[0]}` is missing.")
+    sources = {str(name): _section(value, SourceConfig, f"sources.{name}") for name, value in _named(raw, "sources")}
+    targets = {str(name): _section(value, SourceConfig, f"targets.{name}") for name, value in _named(raw, "targets")}
+    attribution = dict(raw.get("attribution") or {})
+    if attribution.pop("store", False):
+        raise ConfigError("attribution.store: this version keeps no store of sketches yet; leave the key out.")
+    return RunConfig(
+        model=str(raw["model"]),
+        sources=sources,
+        targets=targets,
+        out=str(raw["out"]),
+        train=_section(raw.get("train") or {}, TrainConfig, "train"),
+        attribution=_section(attribution, Attribution, "attribution"),
+        mix=_section(raw.get("mix") or {}, MixConfig, "mix"),
+    )
+
+
+def _named(raw: Mapping[str, Any], key: str) -> list[tuple[str, Any]]:
+    if not isinstance(raw[key], Mapping) or not raw[key]:
+        raise ConfigError(f"`{key}` must name at least one entry: {key}: {{a_name: {{path: ...}}}}.")
+    return list(raw[key].items())
+
+
+def _section(value: object, kind: type[Any], place: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{place} must be a mapping of keys, got {value!r}.")
+    _check_keys(value, kind, f"{place}.")
+    required = {f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING}
+    missing = sorted(required - set(value))
+    if missing:
+        raise ConfigError(f"the key `{place}.{missing[0]}` is missing.")
+    try:
+        return kind(**value)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{place}: {error}") from None
+
+
+def _check_keys(value: Mapping[Any, Any], kind: type[Any], prefix: str) -> None:
+    known = [f.name for f in dataclasses.fields(kind)] + (["store"] if kind is Attribution else [])
+    for key in value:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.4)
+            hint = f"did you mean `{prefix}{near[0]}`?" if near else f"known keys: {', '.join(known)}."
+            raise ConfigError(f"unknown key `{prefix}{key}`: {hint}")

@@ -1,0 +1,212 @@
+"""`fastsft run`: read the data, fine-tune with transformers' Trainer under attribution, write the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+
+from fastsft.data import (
+    PackedDataset,
+    Row,
+    RowDataset,
+    Sample,
+    check_unique,
+    file_digest,
+    find_file,
+    pack,
+    read_source,
+    tokenize_all,
+)
+from fastsft.record import write_text
+from fastsft.train.attach import Run, attach, versions
+from fastsft.train.checkpoint import latest_checkpoint
+from fastsft.train.config import ConfigError, RunConfig, SourceConfig
+from fastsft.train.samples import table_of_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """Everything a run trains on, read and tokenised."""
+
+    samples: list[Sample]
+    rows: list[Row]
+    targets: dict[str, list[Row]]
+    data: dict[str, dict[str, Any]]
+    notes: list[str]
+
+
+def run(config: RunConfig, *, root: Path | None = None, resume: bool = False) -> Run:
+    """Run what a run file says; `root` is where its relative paths start. Returns the finished run, report written."""
+    out = _under(root, config.out)
+    checkpoint = latest_checkpoint(out / "checkpoints") if resume else None
+    if resume and checkpoint is None:
+        raise ConfigError(
+            f"{out / 'checkpoints'} holds no whole checkpoint to resume from: start the run without resume."
+        )
+    model, tokenizer = load_model(config.model, root)
+    return fine_tune(config, prepare(config, tokenizer, root), model, tokenizer, out=out, checkpoint=checkpoint)
+
+
+def load_model(name: str, root: Path | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer from a folder (looked up like data) or the hub."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        place = str(find_file(name, root))
+    except ValueError:
+        place = name  # not a folder here: a hub id
+    model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(place)
+
+
+def prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase, root: Path | None) -> Prepared:
+    """Read and tokenise sources and targets; say what was dropped or cut for its length."""
+    samples: list[Sample] = []
+    data: dict[str, dict[str, Any]] = {}
+    for name, source in config.sources.items():
+        read = _read(name, source, root)
+        samples += read
+        data[name] = {"path": source.path, "rows": len(read), "ability": source.ability or read[0].ability}
+        data[name]["sha256"] = _digest(source.path, root)
+    check_unique(samples)
+    kept = tokenize_all(samples, tokenizer, max_length=config.train.max_length, over_long=config.train.over_long)  # type: ignore[arg-type]
+    out = set(kept.dropped)
+    notes = []
+    if kept.dropped or kept.truncated:
+        notes.append(
+            f"over {config.train.max_length} tokens: {len(kept.dropped)} training samples dropped, "
+            f"{len(kept.truncated)} cut."
+        )
+    targets = {}
+    for ability, source in config.targets.items():
+        found = tokenize_all(
+            _read(ability, source, root), tokenizer, max_length=config.train.max_length, over_long="drop"
+        )
+        if found.dropped:
+            notes.append(f"target {ability}: {len(found.dropped)} rows over {config.train.max_length} tokens dropped.")
+        targets[ability] = found.rows
+    return Prepared([sample for sample in samples if sample.id not in out], kept.rows, targets, data, notes)
+
+
+def _read(name: str, source: SourceConfig, root: Path | None) -> list[Sample]:
+    return read_source(name, source.path, ability=source.ability, limit=source.limit, where=source.where, root=root)
+
+
+def _digest(path: str, root: Path | None) -> str | None:
+    try:
+        return file_digest(find_file(path, root))
+    except ValueError:
+        return None  # a hub id: its revision is the hub's to keep
+
+
+def fine_tune(
+    config: RunConfig,
+    prepared: Prepared,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    out: Path,
+    checkpoint: Path | None = None,
+) -> Run:
+    """Fine-tune `model` on prepared rows with the books kept, then write the report."""
+    trainer = make_trainer(config, prepared.rows, model, tokenizer, out)
+    followed = attach(
+        trainer,
+        prepared.targets,
+        out=out,
+        settings=config.attribution,
+        samples=table_of_rows(prepared.samples, [row.input_ids for row in prepared.rows]),
+        details={"data": prepared.data, "model": config.model, "settings": {"packing": config.train.packing}},
+    )
+    resolved = {**config.as_dict(), "versions": versions()}
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    write_text(out / "config.yaml", yaml.safe_dump(resolved, sort_keys=False))
+    if checkpoint is None:
+        for note in prepared.notes:
+            followed.record.append("note", 0, text=note)
+    followed.report()
+    return followed
+
+
+def make_trainer(
+    config: RunConfig, rows: Sequence[Row], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path
+) -> Trainer:
+    """A plain transformers Trainer for the run file: LoRA by PEFT or all weights, padded or packed batches."""
+    from transformers import Trainer, TrainingArguments
+
+    train = config.train
+    if train.method == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(train.seed)
+        alpha = train.alpha if train.alpha is not None else 2.0 * train.rank
+        lora = LoraConfig(r=train.rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")  # type: ignore[arg-type]
+        model = get_peft_model(model, lora)  # type: ignore[assignment]
+    args = TrainingArguments(
+        output_dir=str(out / "checkpoints"),
+        max_steps=train.steps,
+        per_device_train_batch_size=train.batch_size,
+        gradient_accumulation_steps=train.accumulation,
+        learning_rate=train.learning_rate,
+        weight_decay=train.weight_decay,
+        warmup_steps=train.warmup_steps,
+        lr_scheduler_type=train.schedule,
+        optim={"adamw": "adamw_torch", "sgd": "sgd"}[train.optimizer],
+        max_grad_norm=train.max_grad_norm,
+        bf16=train.precision == "bf16",
+        gradient_checkpointing=train.gradient_checkpointing,
+        save_steps=train.save_every,
+        save_total_limit=2,
+        dataloader_num_workers=train.workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),
+        seed=train.seed,
+        logging_steps=10,
+        report_to=[],
+    )
+    model.config.use_cache = False
+    dataset: RowDataset | PackedDataset = RowDataset(rows)
+    if train.packing:
+        dataset = PackedDataset(rows, pack(rows, train.max_length, seed=train.seed))
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return Trainer(
+        model=model,
+        args=args,
+        train_dataset=dataset,
+        data_collator=Padding(int(pad_id), train.max_length if train.packing else None),
+        processing_class=tokenizer,
+    )
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Pad items on the right: rows to the longest, with a mask; packed lines to `width`, told apart by position_ids."""
+
+    pad_id: int
+    width: int | None
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        width = self.width or max(len(feature["input_ids"]) for feature in features)
+        gaps = [width - len(feature["input_ids"]) for feature in features]
+        pairs = list(zip(features, gaps, strict=True))
+        batch = {
+            "input_ids": torch.tensor([list(f["input_ids"]) + [self.pad_id] * gap for f, gap in pairs]),
+            "labels": torch.tensor([list(f["labels"]) + [-100] * gap for f, gap in pairs]),
+        }
+        if self.width is None:
+            batch["attention_mask"] = torch.tensor([[1] * (width - gap) + [0] * gap for gap in gaps])
+        else:
+            batch["position_ids"] = torch.tensor([list(f["position_ids"]) + list(range(gap)) for f, gap in pairs])
+        return batch
+
+
+def _under(root: Path | None, path: str) -> Path:
+    return Path(path) if root is None or Path(path).is_absolute() else root / path

@@ -1,0 +1,101 @@
+"""Who the numbers in a batch are: id, source and text of every training sample."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastsft.data import IGNORED, Sample
+
+
+@dataclass(frozen=True, eq=False)
+class SampleTable:
+    """ids and sources by number; `text(number)` gives (prompt, response), made only when a report asks."""
+
+    ids: Sequence[str]
+    sources: Sequence[str]
+    text: Callable[[int], tuple[str, str]]
+    tokens: Callable[[int], list[int]]
+    # of each item of the dataset the number of its first sample; None where an item is a sample
+    first_document: Sequence[int] | None = None
+
+    @property
+    def source_names(self) -> list[str]:
+        return sorted(set(self.sources))
+
+
+def table_of_rows(samples: Sequence[Sample], input_ids: Sequence[list[int]]) -> SampleTable:
+    """The table of samples that fastsft itself read and tokenised, in the order of its rows."""
+    return SampleTable(
+        ids=[sample.id for sample in samples],
+        sources=[sample.source for sample in samples],
+        text=lambda number: (samples[number].prompt, samples[number].response),
+        tokens=lambda number: input_ids[number],
+    )
+
+
+def table_of_dataset(dataset: Any, decode: Callable[[list[int]], str]) -> SampleTable:
+    """The table of a trainer's own dataset: columns `id` and `source` where it has them.
+
+    Without `id` a sample's id is a hash of its tokens; without `source` the source is "train". A dataset that TRL has
+    packed (column `seq_lengths`) keeps no column of its samples: they are found by their place and named by hash.
+    """
+    first = dataset[0]
+    if "input_ids" not in first:
+        raise ValueError(
+            f"the training set has no `input_ids` (it has {sorted(first)}): tokenise it first, or use TRL's SFTTrainer."
+        )
+    if "seq_lengths" in first:
+        return _packed_table(dataset, decode)
+    has_id, has_source = "id" in first, "source" in first
+    ids, sources = [], []
+    for number in range(len(dataset)):
+        row = dataset[number]
+        ids.append(str(row["id"]) if has_id else _token_id(row["input_ids"]))
+        sources.append(str(row["source"]) if has_source else "train")
+    if has_id and len(set(ids)) < len(ids):
+        twice = next(name for name in ids if ids.count(name) > 1)
+        raise ValueError(f"sample id {twice!r} stands twice in the training set: make the ids distinct.")
+
+    def text(number: int) -> tuple[str, str]:
+        row = dataset[number]
+        return _text(list(row["input_ids"]), row.get("labels"), decode)
+
+    return SampleTable(ids, sources, text, lambda number: list(dataset[number]["input_ids"]))
+
+
+def _packed_table(dataset: Any, decode: Callable[[list[int]], str]) -> SampleTable:
+    ids: list[str] = []
+    places: list[tuple[int, int, int]] = []
+    first_document: list[int] = []
+    for number in range(len(dataset)):
+        row = dataset[number]
+        first_document.append(len(ids))
+        position = 0
+        for length in row["seq_lengths"]:
+            ids.append(_token_id(row["input_ids"][position : position + length]))
+            places.append((number, position, position + length))
+            position += length
+
+    def tokens(number: int) -> list[int]:
+        row, begin, end = places[number]
+        return list(dataset[row]["input_ids"][begin:end])
+
+    def text(number: int) -> tuple[str, str]:
+        row, begin, end = places[number]
+        labels = dataset[row].get("labels")
+        return _text(tokens(number), None if labels is None else labels[begin:end], decode)
+
+    return SampleTable(ids, ["train"] * len(ids), text, tokens, first_document)
+
+
+def _token_id(tokens: Sequence[int]) -> str:
+    return hashlib.blake2b(" ".join(map(str, tokens)).encode(), digest_size=8).hexdigest()
+
+
+def _text(tokens: list[int], labels: Sequence[int] | None, decode: Callable[[list[int]], str]) -> tuple[str, str]:
+    """Split at the first supervised token."""
+    split = next((place for place, label in enumerate(labels or []) if label != IGNORED), len(tokens))
+    return decode(tokens[:split]), decode(tokens[split:])
