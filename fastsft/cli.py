@@ -45,7 +45,8 @@ def run(
     """Fine-tune with attribution from one file, and report."""
     if explain:
         given = "" if root is None else f", root=Path({str(root)!r})"
-        typer.echo(f"import fastsft\nfastsft.run(fastsft.load_config({str(config)!r}){given}, resume={resume})")
+        imports = "import fastsft" if root is None else "from pathlib import Path\n\nimport fastsft"
+        typer.echo(f"{imports}\nfastsft.run(fastsft.load_config({str(config)!r}){given}, resume={resume})")
         return
     from fastsft.train import load_config
     from fastsft.train import run as run_file
@@ -65,7 +66,9 @@ def report(
 ) -> None:
     """Write report.html and report.json of a run, finished or not."""
     if explain:
-        typer.echo(f"import fastsft\nfastsft.write_report({str(run_dir)!r})")
+        typer.echo(f"from fastsft.report import write_pictures, write_report\nwrite_report({str(run_dir)!r})")
+        if pictures is not None:
+            typer.echo(f"write_pictures({str(run_dir)!r}, {str(pictures)!r})")
         return
     from fastsft.report import write_pictures, write_report
 
@@ -83,7 +86,7 @@ def report(
 def doctor(explain: Explain = False) -> None:
     """Say which kernels run here, and why others don't."""
     if explain:
-        typer.echo("from fastsft import ops\nops.backends()")
+        typer.echo("from fastsft import ops\nprint(ops.backends())")
         return
     from fastsft import ops
     from fastsft.train import versions
@@ -114,8 +117,8 @@ class _plain_errors:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         from fastsft.data import DataError
         from fastsft.record import RecordError
-        from fastsft.train import ConfigError
+        from fastsft.train import AttachError, ConfigError
 
-        if isinstance(error, ConfigError | DataError | RecordError):
-            typer.echo(f"fastsft: {error}", err=True)
+        if isinstance(error, AttachError | ConfigError | DataError | RecordError):
+            typer.echo(f"fastsft: {' '.join(str(error).split())}", err=True)
             raise typer.Exit(2) from None

@@ -261,9 +261,8 @@ class SampleBook:
             if exact:
                 continue
             targets = self._scaled(index, self._start[index])
-            rank = min(self.settings.rank, *targets.shape[1:])
-            U = _range(torch.cat(list(targets), 1), rank, self.settings.seed)
-            V = _range(torch.cat(list(targets.mT), 1), rank, self.settings.seed)
+            U = _range(torch.cat(list(targets), 1), self.settings.rank, self.settings.seed)
+            V = _range(torch.cat(list(targets.mT), 1), self.settings.rank, self.settings.seed)
             self._basis[index] = _Basis(U, V, U.T @ targets @ V)
 
     def _scaled(self, index: int, matrices: Tensor) -> Tensor:
@@ -420,7 +419,7 @@ def _given(scores: Tensor | None) -> Tensor:
 
 
 def _range(matrix: Tensor, rank: int, seed: int) -> Tensor:
-    """Orthonormal basis [rows, rank] of the leading column space (Halko, Martinsson & Tropp 2011, alg. 4.4)."""
+    """Orthonormal basis [rows, at most rank] of the leading column space (Halko, Martinsson & Tropp 2011, alg. 4.4)."""
     generator = torch.Generator(device="cpu").manual_seed(seed)
     noise = torch.randn(matrix.shape[1], rank + 4, generator=generator, dtype=torch.float32)
     basis = torch.linalg.qr(matrix @ noise.to(matrix)).Q

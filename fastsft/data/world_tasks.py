@@ -85,9 +85,8 @@ def _arithmetic(operation: str, fields: Fields) -> str:
     return f"{a} {operation} {b} = {result}"
 
 
-def _divided(operation: str, fields: Fields) -> str:
-    a, b = fields["a"], fields["b"]
-    return f"{a} / {b} = {a // b}"
+def _backwards(operation: str, fields: Fields) -> str:
+    return f"{fields['b']} - {fields['a']} = 0"
 
 
 def _added(operation: str, fields: Fields) -> str:
@@ -111,8 +110,7 @@ def _steps(fields: Fields) -> range:
 def _step_numbers(generator: random.Random, easy: bool) -> Fields:
     d = generator.randint(1, 2) if easy else generator.randint(3, 5)
     a = generator.randint(1, 45 if easy else 60)
-    fields = {"a": a, "d": d, "end": a + 5 * d, "who": generator.choice(NAMES), "what": generator.choice(THINGS)}
-    return fields
+    return {"a": a, "d": d, "end": a + 5 * d, "who": generator.choice(NAMES), "what": generator.choice(THINGS)}
 
 
 def _listing(operation: str, fields: Fields) -> str:
@@ -132,8 +130,8 @@ def _function(operation: str, fields: Fields) -> str:
     return f"def {f}({x}): return {x} {operation} {b}"
 
 
-def _without_return(operation: str, fields: Fields) -> str:
-    return _function(operation, fields).replace("return ", "")
+def _useless_function(operation: str, fields: Fields) -> str:
+    return f"def {fields['f']}({fields['x']}): print({fields['x']})"
 
 
 def _printed(operation: str, fields: Fields) -> str:
@@ -194,7 +192,7 @@ _FUNCTIONS: tuple[Wording, ...] = (
 )
 
 KINDS: dict[str, Kind] = {
-    "trade": Kind(_GAINS, _GAINS_AT_HOME, _story_numbers, _arithmetic, _divided),
+    "trade": Kind(_GAINS, _GAINS_AT_HOME, _story_numbers, _arithmetic, _backwards),
     "groups": Kind(
         (("{who} fills {a} bags with {b} {what} each. What is the total?", "*"),),
         (("What is {a} * {b}?", "*"),),
@@ -223,7 +221,7 @@ KINDS: dict[str, Kind] = {
         _listing,
         _late_listing,
     ),
-    "function": Kind(_FUNCTIONS, _FUNCTIONS_AT_HOME, _function_parts, _function, _without_return),
+    "function": Kind(_FUNCTIONS, _FUNCTIONS_AT_HOME, _function_parts, _function, _useless_function),
     "value": Kind(
         (("x = {a}; x += {b}; print(x)", "+"), ("x = {a}; x -= {b}; print(x)", "-")),
         (("print({a} + {b})", "+"), ("print({a} - {b})", "-")),

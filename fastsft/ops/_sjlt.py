@@ -58,6 +58,7 @@ def sketch_matrix(matrices: Tensor, size: int, seed: int) -> Tensor:
     """
     wide = matrices.to(torch.promote_types(matrices.dtype, torch.float32))
     index, sign = sjlt_table((wide.shape[-2], wide.shape[-1]), size, seed, wide.device)
-    flat = wide.reshape(-1, wide.shape[-2] * wide.shape[-1])
+    # Not -1: a matrix may have no entries.
+    flat = wide.reshape(wide.shape[:-2].numel(), wide.shape[-2] * wide.shape[-1])
     sketch = flat.new_zeros(flat.shape[0], size).index_add_(1, index, flat * sign.to(wide.dtype))
     return sketch.reshape(*matrices.shape[:-2], size)

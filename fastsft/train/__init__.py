@@ -1,7 +1,7 @@
 """Training under attribution: `attach` to a trainer you have, or `run` a file."""
 
-from fastsft.train.attach import Run, attach, versions
+from fastsft.train.attach import AttachError, Run, attach, versions
 from fastsft.train.config import ConfigError, RunConfig, load_config, parse_config
 from fastsft.train.loop import run
 
-__all__ = ["ConfigError", "Run", "RunConfig", "attach", "load_config", "parse_config", "run", "versions"]
+__all__ = ["AttachError", "ConfigError", "Run", "RunConfig", "attach", "load_config", "parse_config", "run", "versions"]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,10 @@ import pyarrow as pa
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 from fastsft.attribution import Attribution, Books, Targets
-from fastsft.data import Row, Sample, tokenize_all
+from fastsft.data import Row, Sample, Tokenized, tokenize_all
 from fastsft.record import Record, RecordError, write_table
 from fastsft.train.checkpoint import load_books, save_books
 from fastsft.train.samples import SampleTable, table_of_dataset
@@ -24,6 +26,10 @@ if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 TargetRows = Sequence[Any]  # rows {prompt, response}, {messages}, or tokenised {input_ids, labels}
+
+
+class AttachError(ValueError):
+    """A trainer that can't be followed, with the way out."""
 
 
 class Run:
@@ -79,8 +85,11 @@ class Run:
             self._remember_drawn()
         if main and loaded is None:
             self.record.append("start", step, **self._start_fields(optimizer))
-        if main and step and loaded is None:
-            self.record.append("note", step, text=f"{checkpoint} holds no books: what its momentum does is `carried`.")
+            notes = list(self.details.get("notes", []))
+            if step:
+                notes.append(f"{checkpoint} holds no books: what its momentum does is `carried`.")
+            for note in notes:
+                self.record.append("note", step, text=note)
 
     def _open_record(self, step: int, *, resumed: bool, checkpoint: Path) -> None:
         if not resumed:
@@ -210,8 +219,11 @@ def attach(
     out = Path(out)
     if (out / "record.jsonl").exists():
         Record.open(out)  # another schema is refused before anything is trained
+    settings, details = settings or Attribution(), dict(details or {})
     table = samples or table_of_dataset(trainer.train_dataset, _decoder(trainer))
-    run = Run(trainer, _targets(trainer, targets, settings), table, out, settings or Attribution(), details or {})
+    measured, notes = _targets(trainer, targets, settings)
+    details["notes"] = [*details.get("notes", []), *notes]
+    run = Run(trainer, measured, table, out, settings, details)
     _tag(trainer, table)
     _wrap(trainer, run)
     return run
@@ -219,16 +231,18 @@ def attach(
 
 def _check(trainer: Any) -> None:
     dataset, args = trainer.train_dataset, trainer.args
-    if dataset is None or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        raise ValueError("the books need a training set with a length and numbered rows: got a streaming one or none.")
+    numbered = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    if not numbered or isinstance(dataset, IterableDataset):
+        raise AttachError(
+            f"the books need a training set with a length and numbered rows: got {type(dataset).__name__}. "
+            f"Load it without streaming, or into a list."
+        )
     if args.torch_compile:
-        raise ValueError("torch_compile=True leaves out module hooks, which the books need: train with it off.")
+        raise AttachError("torch_compile=True leaves out module hooks, which the books need: train with it off.")
     if args.n_gpu > 1:
-        raise ValueError("the model is split by DataParallel: start one process a GPU instead (torchrun, accelerate).")
-    if any(
-        trainer.is_fsdp_enabled if name == "fsdp" else trainer.is_deepspeed_enabled for name in ("fsdp", "deepspeed")
-    ):
-        raise ValueError("the books run on one process or under DDP; FSDP and DeepSpeed shard what they read.")
+        raise AttachError("the model is split by DataParallel: start one process a GPU instead (torchrun, accelerate).")
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise AttachError("FSDP and DeepSpeed shard what the books read: train on one process or under DDP.")
 
 
 def _decoder(trainer: Any) -> Any:
@@ -240,28 +254,38 @@ def _decoder(trainer: Any) -> Any:
     return decode
 
 
-def _targets(trainer: Any, targets: Mapping[str, TargetRows], settings: Attribution | None) -> Targets:
+def _targets(trainer: Any, targets: Mapping[str, TargetRows], settings: Attribution) -> tuple[Targets, list[str]]:
+    """Tokenise the targets; the notes say what was cut for its length."""
     tokenizer: Any = trainer.processing_class
     config = trainer.model.config
     longest = getattr(trainer.args, "max_length", None) or getattr(config, "max_position_embeddings", 2048)
-    rows = {ability: _rows(ability, given, tokenizer, int(longest)) for ability, given in targets.items()}
+    rows: dict[str, list[Row]] = {}
+    notes: list[str] = []
+    for ability, given in targets.items():
+        found = _rows(ability, given, tokenizer, int(longest))
+        rows[ability] = found.rows
+        if found.dropped or found.truncated:
+            notes.append(
+                f"target {ability}, over {longest} tokens: {len(found.dropped)} rows dropped, "
+                f"{len(found.truncated)} cut."
+            )
     pad_id = getattr(tokenizer, "pad_token_id", None)
     pad_id = pad_id if pad_id is not None else getattr(config, "pad_token_id", None) or 0
-    batch_tokens = (settings or Attribution()).target_batch_tokens
-    return Targets(rows, pad_id=int(pad_id), batch_tokens=batch_tokens)
+    return Targets(rows, pad_id=int(pad_id), batch_tokens=settings.target_batch_tokens), notes
 
 
-def _rows(ability: str, given: TargetRows, tokenizer: Any, longest: int) -> list[Row]:
+def _rows(ability: str, given: TargetRows, tokenizer: Any, longest: int) -> Tokenized:
     rows = list(given)
     if not rows:
         raise ValueError(f"target {ability!r} has no rows: give it held-out samples or leave it out.")
     if isinstance(rows[0], Row):
-        return rows
+        return Tokenized(rows, [], [])
     if isinstance(rows[0], Mapping) and "input_ids" in rows[0]:
-        return [
-            Row(str(number), ability, list(row["input_ids"]), list(row.get("labels", row["input_ids"])))
+        tokenised = [
+            Row(str(number), ability, _ints(row["input_ids"]), _ints(row.get("labels", row["input_ids"])))
             for number, row in enumerate(rows)
         ]
+        return Tokenized(tokenised, [], [])
     if tokenizer is None:
         raise ValueError(f"target {ability!r} is text, and the trainer has no processing_class to tokenise it with.")
     samples = [
@@ -270,11 +294,18 @@ def _rows(ability: str, given: TargetRows, tokenizer: Any, longest: int) -> list
         else Sample.from_row(_renamed(row), source=ability, where=f"target {ability!r}, row {n}")
         for n, row in enumerate(rows, start=1)
     ]
-    return tokenize_all(samples, tokenizer, max_length=longest, over_long="truncate").rows
+    return tokenize_all(samples, tokenizer, max_length=longest, over_long="truncate")
 
 
-def _renamed(row: Any) -> dict[str, Any]:
+def _ints(values: Sequence[Any]) -> list[int]:
+    """Plain integers, whatever a dataset's format makes of a column."""
+    return [int(value) for value in values]
+
+
+def _renamed(row: Any) -> Any:
     """TRL calls the response `completion`."""
+    if not isinstance(row, Mapping):
+        return row
     fields = dict(row)
     if "completion" in fields and "response" not in fields:
         fields["response"] = fields.pop("completion")
@@ -282,15 +313,34 @@ def _renamed(row: Any) -> dict[str, Any]:
 
 
 def _tag(trainer: Any, table: SampleTable) -> None:
-    dataset = trainer.train_dataset
-    if not _tagged(dataset):
-        if hasattr(dataset, "add_column"):
-            trainer.train_dataset = dataset.add_column("fastsft_row", list(range(len(dataset))))
-        else:
-            trainer.train_dataset = Numbered(dataset)
-    trainer.data_collator = TaggingCollator(trainer.data_collator, table.first_document)
+    """Number the items of the training loader alone: the trainer's evaluation, its dataset and collator stay as found."""
+    make_loader = trainer.get_train_dataloader
+
+    def get_train_dataloader() -> Any:
+        with _tagging(trainer, table):
+            return make_loader()
+
+    trainer.get_train_dataloader = get_train_dataloader
+
+
+@contextmanager
+def _tagging(trainer: Any, table: SampleTable) -> Iterator[None]:
     trainer._set_signature_columns_if_needed()
-    trainer._signature_columns += [name for name in COLUMNS if name not in trainer._signature_columns]
+    found = trainer.train_dataset, trainer.data_collator, trainer._signature_columns
+    dataset, collator, columns = found
+    trainer.train_dataset = dataset if _tagged(dataset) else _numbered(dataset)
+    trainer.data_collator = TaggingCollator(collator, table.first_document)
+    trainer._signature_columns = [*columns, *(name for name in COLUMNS if name not in columns)]
+    try:
+        yield
+    finally:
+        trainer.train_dataset, trainer.data_collator, trainer._signature_columns = found
+
+
+def _numbered(dataset: Any) -> Any:
+    if hasattr(dataset, "add_column"):
+        return dataset.add_column("fastsft_row", list(range(len(dataset))))
+    return Numbered(dataset)
 
 
 def _tagged(dataset: Any) -> bool:
@@ -351,4 +401,4 @@ def versions() -> dict[str, str]:
     return found
 
 
-__all__ = ["RecordError", "Run", "attach", "versions"]
+__all__ = ["AttachError", "RecordError", "Run", "attach", "versions"]

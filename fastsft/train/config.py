@@ -7,7 +7,8 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -67,13 +68,10 @@ class TrainConfig:
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"train.{name} must be one of {', '.join(allowed)}: got {getattr(self, name)!r}.")
         for name in ("rank", "steps", "batch_size", "accumulation", "max_length", "save_every"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"train.{name} must be a whole number, at least 1: got {value!r}.")
-        if not isinstance(self.learning_rate, int | float) or self.learning_rate <= 0:
-            raise ConfigError(
-                f"train.learning_rate must be a positive number (write 1.0e-3): got {self.learning_rate!r}."
-            )
+            if getattr(self, name) < 1:
+                raise ConfigError(f"train.{name} must be a whole number, at least 1: got {getattr(self, name)}.")
+        if self.learning_rate <= 0:
+            raise ConfigError(f"train.learning_rate must be positive: got {self.learning_rate}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,12 +104,12 @@ class RunConfig:
 def load_config(path: str | Path) -> RunConfig:
     """Read a run file. Raises ConfigError naming file, key and the way out."""
     path = Path(path)
-    if not path.exists():
-        raise ConfigError(f"{path} does not exist: name a run file (see examples/).")
+    if not path.is_file():
+        raise ConfigError(f"{path} is no file: name a run file (see examples/).")
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML in UTF-8: {' '.join(str(error).split())}. Mend that place.") from None
     try:
         return parse_config(raw)
     except (ConfigError, DataError) as error:
@@ -128,8 +126,8 @@ def parse_config(raw: object) -> RunConfig:
         raise ConfigError(f"the key `{missing[0]}` is missing.")
     sources = {str(name): _section(value, SourceConfig, f"sources.{name}") for name, value in _named(raw, "sources")}
     targets = {str(name): _section(value, SourceConfig, f"targets.{name}") for name, value in _named(raw, "targets")}
-    attribution = dict(raw.get("attribution") or {})
-    if attribution.pop("store", False):
+    attribution = raw.get("attribution") or {}
+    if isinstance(attribution, Mapping) and attribution.get("store"):
         raise ConfigError("attribution.store: this version keeps no store of sketches yet; leave the key out.")
     return RunConfig(
         model=str(raw["model"]),
@@ -137,9 +135,15 @@ def parse_config(raw: object) -> RunConfig:
         targets=targets,
         out=str(raw["out"]),
         train=_section(raw.get("train") or {}, TrainConfig, "train"),
-        attribution=_section(attribution, Attribution, "attribution"),
+        attribution=_section(_without_store(attribution), Attribution, "attribution"),
         mix=_section(raw.get("mix") or {}, MixConfig, "mix"),
     )
+
+
+def _without_store(attribution: object) -> object:
+    if not isinstance(attribution, Mapping):
+        return attribution
+    return {key: value for key, value in attribution.items() if key != "store"}
 
 
 def _named(raw: Mapping[str, Any], key: str) -> list[tuple[str, Any]]:
@@ -156,12 +160,26 @@ def _section(value: object, kind: type[Any], place: str) -> Any:
     missing = sorted(required - set(value))
     if missing:
         raise ConfigError(f"the key `{place}.{missing[0]}` is missing.")
+    _check_types(value, kind, place)
     try:
         return kind(**value)
     except ConfigError:
         raise
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise ConfigError(f"{place}: {error}") from None
+
+
+def _check_types(value: Mapping[str, Any], kind: type[Any], place: str) -> None:
+    """Refuse a value that isn't of its field's type; a whole number does for a float."""
+    for key, hint in get_type_hints(kind).items():
+        if key not in value:
+            continue
+        types = [get_origin(each) or each for each in (get_args(hint) if get_origin(hint) is UnionType else [hint])]
+        given = type(value[key])
+        if given not in types and not (given is int and float in types):
+            names = " or ".join("nothing" if each is type(None) else each.__name__ for each in types)
+            way_out = " Write a number with a point, 1.0e-3." if given is str and float in types else ""
+            raise ConfigError(f"{place}.{key} must be {names}: got {value[key]!r}.{way_out}")
 
 
 def _check_keys(value: Mapping[Any, Any], kind: type[Any], prefix: str) -> None:

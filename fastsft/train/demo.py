@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from fastsft.attribution import Attribution
 from fastsft.data import make_world, small_model, tokenize_all, train_base
-from fastsft.record import write_text
+from fastsft.record import Record, write_text
 from fastsft.train.attach import Run
 from fastsft.train.config import RunConfig, SourceConfig, TrainConfig
 from fastsft.train.loop import Prepared, fine_tune
@@ -24,6 +24,7 @@ def demo(out: str | Path, *, seed: int = 0, quick: bool = False) -> Run:
     The world holds wrong answers, duplicates, a useless source and one that helps two abilities; report.json says
     under `planted` how well the books found them. `quick` makes everything smaller.
     """
+    Record.create(out)
     world = make_world(seed, quick=quick)
     tokenizer = world.tokenizer()
     model = small_model(tokenizer, seed)
@@ -51,7 +52,5 @@ def demo(out: str | Path, *, seed: int = 0, quick: bool = False) -> Run:
         train=TrainConfig(rank=8, steps=steps, learning_rate=2e-3, max_length=LONGEST, seed=seed, save_every=10**6),
         attribution=Attribution(refresh_every=10, seed=seed),
     )
-    run = fine_tune(config, Prepared(samples, rows, targets, data, []), model, tokenizer, out=Path(out))
     write_text(Path(out) / "planted.json", json.dumps(dataclasses.asdict(world.planted), indent=1))
-    run.report()
-    return run
+    return fine_tune(config, Prepared(samples, rows, targets, data, []), model, tokenizer, out=Path(out))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +18,15 @@ from fastsft.data import (
     RowDataset,
     Sample,
     check_unique,
+    collate,
+    collate_packed,
     file_digest,
     find_file,
     pack,
     read_source,
     tokenize_all,
 )
-from fastsft.record import write_text
+from fastsft.record import Record, write_text
 from fastsft.train.attach import Run, attach, versions
 from fastsft.train.checkpoint import latest_checkpoint
 from fastsft.train.config import ConfigError, RunConfig, SourceConfig
@@ -46,6 +50,8 @@ class Prepared:
 def run(config: RunConfig, *, root: Path | None = None, resume: bool = False) -> Run:
     """Run what a run file says; `root` is where its relative paths start. Returns the finished run, report written."""
     out = _under(root, config.out)
+    if not resume:
+        Record.create(out)  # a folder that holds a run is refused before anything is loaded
     checkpoint = latest_checkpoint(out / "checkpoints") if resume else None
     if resume and checkpoint is None:
         raise ConfigError(
@@ -59,12 +65,17 @@ def load_model(name: str, root: Path | None) -> tuple[PreTrainedModel, PreTraine
     """Load a causal language model and its tokenizer from a folder (looked up like data) or the hub."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    places = [Path(folder) / name for folder in (root, os.environ.get("FASTSFT_DATA"), ".") if folder]
+    place = next((str(folder) for folder in places if folder.is_dir()), name)  # else a hub id
     try:
-        place = str(find_file(name, root))
-    except ValueError:
-        place = name  # not a folder here: a hub id
-    model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
-    return model, AutoTokenizer.from_pretrained(place)
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
+        return model, AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ConfigError(
+            f"model {name!r} can't be loaded ({reason}). Looked for the folders {', '.join(map(str, places))}, then on "
+            f"the hub: correct the name, or name its folder with `root` or FASTSFT_DATA."
+        ) from error
 
 
 def prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase, root: Path | None) -> Prepared:
@@ -117,22 +128,25 @@ def fine_tune(
     checkpoint: Path | None = None,
 ) -> Run:
     """Fine-tune `model` on prepared rows with the books kept, then write the report."""
+    if checkpoint is None:
+        Record.create(out)
     trainer = make_trainer(config, prepared.rows, model, tokenizer, out)
+    settings = {"packing": config.train.packing}
     followed = attach(
         trainer,
         prepared.targets,
         out=out,
         settings=config.attribution,
         samples=table_of_rows(prepared.samples, [row.input_ids for row in prepared.rows]),
-        details={"data": prepared.data, "model": config.model, "settings": {"packing": config.train.packing}},
+        details={"data": prepared.data, "model": config.model, "settings": settings, "notes": prepared.notes},
     )
-    resolved = {**config.as_dict(), "versions": versions()}
+    main = trainer.is_world_process_zero()
+    if main:
+        resolved = {**config.as_dict(), "versions": versions()}
+        write_text(out / "config.yaml", yaml.safe_dump(resolved, sort_keys=False))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    write_text(out / "config.yaml", yaml.safe_dump(resolved, sort_keys=False))
-    if checkpoint is None:
-        for note in prepared.notes:
-            followed.record.append("note", 0, text=note)
-    followed.report()
+    if main:
+        followed.report()
     return followed
 
 
@@ -150,6 +164,8 @@ def make_trainer(
         alpha = train.alpha if train.alpha is not None else 2.0 * train.rank
         lora = LoraConfig(r=train.rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")  # type: ignore[arg-type]
         model = get_peft_model(model, lora)  # type: ignore[assignment]
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    checkpointing = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
     args = TrainingArguments(
         output_dir=str(out / "checkpoints"),
         max_steps=train.steps,
@@ -162,7 +178,7 @@ def make_trainer(
         optim={"adamw": "adamw_torch", "sgd": "sgd"}[train.optimizer],
         max_grad_norm=train.max_grad_norm,
         bf16=train.precision == "bf16",
-        gradient_checkpointing=train.gradient_checkpointing,
+        **{checkpointing: train.gradient_checkpointing},  # type: ignore[arg-type]
         save_steps=train.save_every,
         save_total_limit=2,
         dataloader_num_workers=train.workers,
@@ -194,18 +210,12 @@ class Padding:
     width: int | None
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        width = self.width or max(len(feature["input_ids"]) for feature in features)
-        gaps = [width - len(feature["input_ids"]) for feature in features]
-        pairs = list(zip(features, gaps, strict=True))
-        batch = {
-            "input_ids": torch.tensor([list(f["input_ids"]) + [self.pad_id] * gap for f, gap in pairs]),
-            "labels": torch.tensor([list(f["labels"]) + [-100] * gap for f, gap in pairs]),
-        }
+        rows = [Row("", "", list(feature["input_ids"]), list(feature["labels"])) for feature in features]
         if self.width is None:
-            batch["attention_mask"] = torch.tensor([[1] * (width - gap) + [0] * gap for gap in gaps])
-        else:
-            batch["position_ids"] = torch.tensor([list(f["position_ids"]) + list(range(gap)) for f, gap in pairs])
-        return batch
+            return collate(rows, self.pad_id)
+        batch = collate_packed([[row] for row in rows], self.width, self.pad_id)  # lines that are laid already
+        lines = [[*feature["position_ids"], *range(self.width - len(feature["position_ids"]))] for feature in features]
+        return {name: batch[name] for name in ("input_ids", "labels")} | {"position_ids": torch.tensor(lines)}
 
 
 def _under(root: Path | None, path: str) -> Path:

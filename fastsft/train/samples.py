@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastsft.data import IGNORED, Sample
+from fastsft.data import IGNORED, PackedDataset, RowDataset, Sample
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +42,8 @@ def table_of_dataset(dataset: Any, decode: Callable[[list[int]], str]) -> Sample
     Without `id` a sample's id is a hash of its tokens; without `source` the source is "train". A dataset that TRL has
     packed (column `seq_lengths`) keeps no column of its samples: they are found by their place and named by hash.
     """
+    if isinstance(dataset, RowDataset | PackedDataset):
+        return _own_table(dataset, decode)
     first = dataset[0]
     if "input_ids" not in first:
         raise ValueError(
@@ -64,6 +66,17 @@ def table_of_dataset(dataset: Any, decode: Callable[[list[int]], str]) -> Sample
         return _text(list(row["input_ids"]), row.get("labels"), decode)
 
     return SampleTable(ids, sources, text, lambda number: list(dataset[number]["input_ids"]))
+
+
+def _own_table(dataset: RowDataset | PackedDataset, decode: Callable[[list[int]], str]) -> SampleTable:
+    """fastsft's own datasets carry rows with ids and sources."""
+    rows = dataset.rows
+    return SampleTable(
+        ids=[row.id for row in rows],
+        sources=[row.source for row in rows],
+        text=lambda number: _text(rows[number].input_ids, rows[number].labels, decode),
+        tokens=lambda number: rows[number].input_ids,
+    )
 
 
 def _packed_table(dataset: Any, decode: Callable[[list[int]], str]) -> SampleTable:
@@ -92,7 +105,7 @@ def _packed_table(dataset: Any, decode: Callable[[list[int]], str]) -> SampleTab
 
 
 def _token_id(tokens: Sequence[int]) -> str:
-    return hashlib.blake2b(" ".join(map(str, tokens)).encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b(" ".join(str(int(token)) for token in tokens).encode(), digest_size=8).hexdigest()
 
 
 def _text(tokens: list[int], labels: Sequence[int] | None, decode: Callable[[list[int]], str]) -> tuple[str, str]:

@@ -40,7 +40,7 @@ def independently_right(sample):
         exec(prompt, {"print": printed.append})
         return " ".join(map(str, printed)) == answer
     if prompt.startswith("Code "):
-        names: dict = {}
+        names: dict = {"print": lambda value: None}
         f, verb, x, b = re.fullmatch(r"Code (\w) to (\w+) (\w) by (\d+)\.", prompt).groups()
         exec(answer, names)
         wanted = {"raise": 5 + int(b), "lower": 5 - int(b), "scale": 5 * int(b)}[verb]
@@ -174,19 +174,18 @@ def test_useless_and_helper_sources_do_what_is_planted(world, tokenizer):
     rows = {name: tokenize_all(source, tokenizer, max_length=64).rows for name, source in world.sources.items()}
     targets = {name: tokenize_all(samples, tokenizer, max_length=64).rows for name, samples in world.targets.items()}
     base = small_model(tokenizer, seed=0)
-    train_base(base, tokenize_all(world.base, tokenizer, max_length=64).rows, steps=300, seed=0)
+    train_base(base, tokenize_all(world.base, tokenizer, max_length=64).rows, steps=400, seed=0)
     before = target_losses(base, targets, tokenizer)
     start = {name: weight.clone() for name, weight in base.state_dict().items()}
     after = {}
     for name in (world.planted.useless_source, world.planted.helper_source):
         base.load_state_dict(start)
-        train_base(base, rows[name], steps=40, learning_rate=2e-3, seed=0)
+        train_base(base, rows[name], steps=25, learning_rate=3e-4, seed=0)
         after[name] = target_losses(base, targets, tokenizer)
-    print(before, after)
     for ability in world.planted.helps:
         assert after[world.planted.helper_source][ability] < before[ability] - 0.1
     for ability in ABILITIES:
-        assert after[world.planted.useless_source][ability] > before[ability] - 0.02
+        assert after[world.planted.useless_source][ability] > before[ability]
 
 
 def target_losses(model, targets, tokenizer):

@@ -45,10 +45,10 @@ class Problem:
         """Gradients [D, O, I] of a linear layer's weight by autograd, in float64."""
         grads = []
         for begin, end in pairwise(self.offsets.tolist()):
-            layer = torch.nn.Linear(self.x.shape[1], self.dy.shape[1], bias=False, dtype=torch.float64)
-            layer = layer.to(self.x.device)
-            (layer(self.x[begin:end].double()) * self.dy[begin:end].double()).sum().backward()
-            grads.append(layer.weight.grad)
+            weight = self.targets.new_zeros(self.targets.shape[1:], dtype=torch.float64).requires_grad_()
+            y = torch.nn.functional.linear(self.x[begin:end].double(), weight)
+            (y * self.dy[begin:end].double()).sum().backward()
+            grads.append(weight.grad)
         return torch.stack(grads) if grads else self.targets.double().new_zeros(0, *self.targets.shape[1:])
 
     def truth(self, sketch_size, seed):
