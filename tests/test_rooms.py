@@ -27,7 +27,8 @@ FLOORS = [
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # Rooms on one floor that must not know each other: they meet in shared nouns.
 STRANGERS = {"mixing", "stages", "meta"}
-# Reads data only.
+# Reads data only; so it stands beside the store, and whoever stands higher may call it.
+FLOOR_OF["report"] = FLOOR_OF["store"]
 REPORT_READS = {"tasks", "record", "store", "report"}
 
 
@@ -69,12 +70,10 @@ def why_wrong(room: str, imported: str) -> str | None:
         return None
     if room == "report":
         return None if imported in REPORT_READS else "report reads data only"
-    if room == "cli" and imported in ("fastsft", "report"):
+    if room == "cli" and imported == "fastsft":
         return None
     if imported == "fastsft":
         return "import the room itself, not the top of the package"
-    if imported == "report":
-        return "only cli may import report"
     unknown = {name for name in (room, imported) if name not in FLOOR_OF}
     if unknown:
         return f"{unknown} has no floor in FLOORS"
@@ -86,7 +85,7 @@ def why_wrong(room: str, imported: str) -> str | None:
 
 
 FILES = sorted((ROOT / "fastsft").rglob("*.py"))
-ROOMS = {room_of(file) for file in FILES} | set(FLOOR_OF) | {"report"}
+ROOMS = {room_of(file) for file in FILES} | set(FLOOR_OF)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
@@ -123,7 +122,8 @@ def test_the_reader_of_imports_sees(source, package, imported):
         ("evaluate", "launch", True),
         ("report", "record", True),
         ("report", "attribution", False),
-        ("train", "report", False),
+        ("train", "report", True),
+        ("capture", "report", False),
         ("cli", "report", True),
         ("data", "fastsft", False),
         ("cellar", "ops", False),

@@ -65,7 +65,7 @@ class Race:
             self.books = Books(
                 self.model,
                 self.optimizer,
-                Targets({name: held for name in ("maths", "code", "general")}, pad_id=0, batch_tokens=2048),
+                Targets(dict.fromkeys(("maths", "code", "general"), held), pad_id=0, batch_tokens=2048),
                 sources=SOURCES,
                 record=Record.create(tempfile.mkdtemp()),
                 settings=settings,

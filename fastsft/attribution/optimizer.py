@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 
@@ -143,7 +144,7 @@ class AdamRule:
             if scale is None:
                 raise RuntimeError("the optimizer holds no second moment after its step.")
             unit = scale.view(-1) * (lr / (1.0 - beta**step))
-            if decay:
+            if decay and _leads():
                 first = self.optimizer.state[slot.parameter]["exp_avg"].view(-1).to(row.dtype)
                 before = slot.parameter.detach().view(-1).to(row.dtype) + unit * first
                 if group.get("decoupled_weight_decay", False):
@@ -201,7 +202,7 @@ class SGDRule:
         for slot, part, row, displacement in zip(slots, parts, moments, displacements, strict=True):
             group = slot.group
             momentum, lr, decay = float(group["momentum"]), float(group["lr"]), float(group["weight_decay"])
-            if decay:
+            if decay and _leads():
                 part[-2] = decay * self._before(slot).to(part.dtype)
             if momentum == 0.0:
                 displacement.sub_(part, alpha=lr)
@@ -232,6 +233,11 @@ class SGDRule:
             buffer = self.optimizer.state.get(slot.parameter, {}).get("momentum_buffer")
             if buffer is not None:
                 out[slot.start : slot.end] += buffer.view(-1).to(out.dtype)
+
+
+def _leads() -> bool:
+    """Whether this rank books what all ranks share: rows are summed over ranks."""
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def _wide(tensor: Tensor) -> Tensor:

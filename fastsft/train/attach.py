@@ -19,7 +19,7 @@ from fastsft.attribution import Attribution, Books, Targets
 from fastsft.data import Row, Sample, Tokenized, tokenize_all
 from fastsft.record import Record, RecordError, write_table
 from fastsft.train.checkpoint import load_books, save_books
-from fastsft.train.samples import SampleTable, table_of_dataset
+from fastsft.train.samples import SampleTable, integers, table_of_dataset
 from fastsft.train.tags import COLUMNS, DOCUMENTS, Numbered, TaggingCollator, read_tags
 
 if TYPE_CHECKING:
@@ -258,20 +258,21 @@ def _targets(trainer: Any, targets: Mapping[str, TargetRows], settings: Attribut
     """Tokenise the targets; the notes say what was cut for its length."""
     tokenizer: Any = trainer.processing_class
     config = trainer.model.config
-    longest = getattr(trainer.args, "max_length", None) or getattr(config, "max_position_embeddings", 2048)
+    longest: Any = getattr(trainer.args, "max_length", None) or getattr(config, "max_position_embeddings", 2048)
     rows: dict[str, list[Row]] = {}
     notes: list[str] = []
     for ability, given in targets.items():
-        found = _rows(ability, given, tokenizer, int(longest))
+        found = _rows(ability, given, tokenizer, longest)
         rows[ability] = found.rows
         if found.dropped or found.truncated:
             notes.append(
                 f"target {ability}, over {longest} tokens: {len(found.dropped)} rows dropped, "
                 f"{len(found.truncated)} cut."
             )
-    pad_id = getattr(tokenizer, "pad_token_id", None)
-    pad_id = pad_id if pad_id is not None else getattr(config, "pad_token_id", None) or 0
-    return Targets(rows, pad_id=int(pad_id), batch_tokens=settings.target_batch_tokens), notes
+    pad_id: int | None = getattr(tokenizer, "pad_token_id", None)
+    if pad_id is None:
+        pad_id = getattr(config, "pad_token_id", None)
+    return Targets(rows, pad_id=pad_id or 0, batch_tokens=settings.target_batch_tokens), notes
 
 
 def _rows(ability: str, given: TargetRows, tokenizer: Any, longest: int) -> Tokenized:
@@ -282,7 +283,7 @@ def _rows(ability: str, given: TargetRows, tokenizer: Any, longest: int) -> Toke
         return Tokenized(rows, [], [])
     if isinstance(rows[0], Mapping) and "input_ids" in rows[0]:
         tokenised = [
-            Row(str(number), ability, _ints(row["input_ids"]), _ints(row.get("labels", row["input_ids"])))
+            Row(str(number), ability, integers(row["input_ids"]), integers(row.get("labels", row["input_ids"])))
             for number, row in enumerate(rows)
         ]
         return Tokenized(tokenised, [], [])
@@ -297,11 +298,6 @@ def _rows(ability: str, given: TargetRows, tokenizer: Any, longest: int) -> Toke
     return tokenize_all(samples, tokenizer, max_length=longest, over_long="truncate")
 
 
-def _ints(values: Sequence[Any]) -> list[int]:
-    """Plain integers, whatever a dataset's format makes of a column."""
-    return [int(value) for value in values]
-
-
 def _renamed(row: Any) -> Any:
     """TRL calls the response `completion`."""
     if not isinstance(row, Mapping):
@@ -313,7 +309,7 @@ def _renamed(row: Any) -> Any:
 
 
 def _tag(trainer: Any, table: SampleTable) -> None:
-    """Number the items of the training loader alone: the trainer's evaluation, its dataset and collator stay as found."""
+    """Number the items of the training loader alone: evaluation, the dataset and the collator stay as found."""
     make_loader = trainer.get_train_dataloader
 
     def get_train_dataloader() -> Any:

@@ -18,7 +18,7 @@ from fastsft.train.loop import Prepared, fine_tune
 LONGEST = 96
 
 
-def demo(out: str | Path, *, seed: int = 0, quick: bool = False) -> Run:
+def demo(out: str | Path, *, seed: int = 0, quick: bool = False, refresh_every: int = 10) -> Run:
     """Train a small Llama from scratch on a generated world, fine-tune it with LoRA under attribution, report.
 
     The world holds wrong answers, duplicates, a useless source and one that helps two abilities; report.json says
@@ -50,7 +50,7 @@ def demo(out: str | Path, *, seed: int = 0, quick: bool = False) -> Run:
         targets=dict.fromkeys(world.targets, generated),
         out=str(out),
         train=TrainConfig(rank=8, steps=steps, learning_rate=2e-3, max_length=LONGEST, seed=seed, save_every=10**6),
-        attribution=Attribution(refresh_every=10, seed=seed),
+        attribution=Attribution(refresh_every=refresh_every, seed=seed),
     )
     write_text(Path(out) / "planted.json", json.dumps(dataclasses.asdict(world.planted), indent=1))
     return fine_tune(config, Prepared(samples, rows, targets, data, []), model, tokenizer, out=Path(out))

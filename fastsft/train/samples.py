@@ -63,9 +63,9 @@ def table_of_dataset(dataset: Any, decode: Callable[[list[int]], str]) -> Sample
 
     def text(number: int) -> tuple[str, str]:
         row = dataset[number]
-        return _text(list(row["input_ids"]), row.get("labels"), decode)
+        return _text(integers(row["input_ids"]), row.get("labels"), decode)
 
-    return SampleTable(ids, sources, text, lambda number: list(dataset[number]["input_ids"]))
+    return SampleTable(ids, sources, text, lambda number: integers(dataset[number]["input_ids"]))
 
 
 def _own_table(dataset: RowDataset | PackedDataset, decode: Callable[[list[int]], str]) -> SampleTable:
@@ -94,7 +94,7 @@ def _packed_table(dataset: Any, decode: Callable[[list[int]], str]) -> SampleTab
 
     def tokens(number: int) -> list[int]:
         row, begin, end = places[number]
-        return list(dataset[row]["input_ids"][begin:end])
+        return integers(dataset[row]["input_ids"][begin:end])
 
     def text(number: int) -> tuple[str, str]:
         row, begin, end = places[number]
@@ -104,11 +104,17 @@ def _packed_table(dataset: Any, decode: Callable[[list[int]], str]) -> SampleTab
     return SampleTable(ids, ["train"] * len(ids), text, tokens, first_document)
 
 
+def integers(values: Sequence[Any]) -> list[int]:
+    """Make a plain list of a column, whatever format its dataset gives it in."""
+    return [int(value) for value in values]
+
+
 def _token_id(tokens: Sequence[int]) -> str:
-    return hashlib.blake2b(" ".join(str(int(token)) for token in tokens).encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b(" ".join(map(str, integers(tokens))).encode(), digest_size=8).hexdigest()
 
 
 def _text(tokens: list[int], labels: Sequence[int] | None, decode: Callable[[list[int]], str]) -> tuple[str, str]:
     """Split at the first supervised token."""
-    split = next((place for place, label in enumerate(labels or []) if label != IGNORED), len(tokens))
+    supervised = (place for place, label in enumerate(labels if labels is not None else []) if label != IGNORED)
+    split = next(supervised, len(tokens))
     return decode(tokens[:split]), decode(tokens[split:])

@@ -43,8 +43,8 @@ def with_lora(model: Any) -> Any:
 
 
 def make_rows(number: int, *, source: str, seed: int) -> list[Row]:
-    """Rows whose answers repeat their question shifted by a step that is the source's own, so that there is something to
-    learn, shared and not."""
+    """Rows whose answers repeat their question shifted by a step of the source's own: something to learn, shared and
+    not."""
     generator = torch.Generator().manual_seed(seed)
     shift = 1 + sum(map(ord, source)) % 5
     rows = []

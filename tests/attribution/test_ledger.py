@@ -113,8 +113,8 @@ def _slow_entries(
                 if mine
                 else []
             )
-            for name, moment in ((name, moments[source, name]) for name in named):
-                moment.mul_(0.9)
+            for name in named:
+                moments[source, name].mul_(0.9)
             for name, grad in zip(named, grads, strict=False):
                 if grad is not None:
                     moments[source, name].add_(0.1 * grad)
