@@ -1,7 +1,7 @@
 """How well the books balance: `python -m benchmarks.system.books --json FILE`.
 
-The run of examples/real.yaml, and the demo, at several refresh intervals. Per ability: the unexplained share of the gross
-flow, the same with gradients from interval starts alone, and how far samples miss their sources' entries.
+The run of examples/real.yaml, and the demo, at several refresh intervals. Per ability: the unexplained share of the
+gross flow, the same with gradients from interval starts alone, and how far samples miss their sources' entries.
 """
 
 from __future__ import annotations

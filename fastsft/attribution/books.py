@@ -111,6 +111,7 @@ class Books:
         if unknown:
             raise ValueError(f"source {unknown[0]!r} is not among the run's sources {self.sources}.")
         where = torch.tensor([self._source_index[name] for name in sources], dtype=torch.int64)
+        documents = documents.to(self.layout.device)
         batch = Batch(documents, list(samples), where, sizes)
         self._sources_now = where.to(self.layout.device)
         self._counts[0].index_add_(0, where, torch.ones(len(where), dtype=torch.float64))
@@ -187,6 +188,7 @@ class Books:
     def _after_optimizer(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         began = time.perf_counter()
         self.step += 1
+        self.rule.stepped()
         with torch.no_grad():
             scale, error = self._probe()
             self.ledger.book_step(scale)
@@ -383,6 +385,7 @@ class Books:
             "abilities": self.targets.abilities,
             "refresh_every": self.refresh_every,
             "moment": moment.cpu(),
+            "early": [sums.tolist() for sums in self._early or ()],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -400,6 +403,7 @@ class Books:
             )
         self.step = self._last_refresh = int(state["step"])
         self.refresh_every = int(state["refresh_every"])
+        self._early = tuple(torch.tensor(sums, dtype=torch.float64) for sums in state["early"]) or None
         self._resumed = True
         if _rank() == 0:
             self.ledger.moment.copy_(state["moment"])

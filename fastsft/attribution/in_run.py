@@ -237,6 +237,8 @@ class SampleBook:
         for index in self._exact:
             slot = self.layout.layer_slots[index]
             scale = self.rule.scale(slot.parameter, slot.group)
+            if scale is None and self.steps:  # no gradient reached it yet: any scale of nothing is nothing
+                scale = torch.ones_like(slot.parameter, dtype=self.layout.dtype)
             if scale is not None:
                 self._scales[index] = scale
 

@@ -41,6 +41,8 @@ class Rule(Protocol):
 
     def steps(self) -> int: ...
 
+    def stepped(self) -> None: ...
+
     def scale(self, parameter: nn.Parameter, group: dict[str, Any]) -> Tensor | None: ...
 
     def jacobian(self, parameter: nn.Parameter, group: dict[str, Any]) -> Tensor: ...
@@ -79,23 +81,29 @@ class AdamRule:
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
+        self._count = max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)
 
     def steps(self) -> int:
-        """The number of steps taken; read from one parameter, as reading it may wait for the device."""
-        for state in self.optimizer.state.values():
-            if "step" in state:
-                return int(state["step"])
-        return 0
+        """The number of steps that the second moments have seen."""
+        return self._count
+
+    def stepped(self) -> None:
+        """Count a step: asking the optimizer may wait for the device."""
+        self._count += 1
+
+    def _age(self, state: dict[str, Any]) -> int:
+        """The steps of one parameter: its own count where that is on the host, else that of the run."""
+        step = state["step"]
+        if isinstance(step, Tensor) and step.device.type != "cpu":
+            return self._count
+        return int(step)
 
     def scale(self, parameter: nn.Parameter, group: dict[str, Any]) -> Tensor | None:
         """1 / (sqrt(v_hat) + eps) after the last step, of the parameter's shape; None before the first step."""
-        return self._scale(parameter, group, self.steps())
-
-    def _scale(self, parameter: nn.Parameter, group: dict[str, Any], step: int) -> Tensor | None:
         state = self.optimizer.state.get(parameter)
         if not state or "exp_avg_sq" not in state:
             return None
-        correction = 1.0 - float(group["betas"][1]) ** step
+        correction = 1.0 - float(group["betas"][1]) ** self._age(state)
         return (_wide(state["exp_avg_sq"]) / correction).sqrt_().add_(group["eps"]).reciprocal_()
 
     def jacobian(self, parameter: nn.Parameter, group: dict[str, Any]) -> Tensor:
@@ -104,20 +112,19 @@ class AdamRule:
         J(G) / ((1-b1)/c1) = s - m_hat (1-b2) G c1 / ((1-b1) c2 sqrt(v_hat)) s^2, with s = 1/(sqrt(v_hat)+eps):
         the second moment moves with the gradient too. Zero where v_hat is zero.
         """
-        state, step = self.optimizer.state[parameter], self.steps()
+        scale, gradient = self.scale(parameter, group), parameter.grad
+        if scale is None or gradient is None:  # the parameter took no part: its samples' gradients are zero too
+            return torch.ones_like(_wide(parameter.detach()))
+        state = self.optimizer.state[parameter]
         beta1, beta2 = (float(beta) for beta in group["betas"])
-        c2 = 1.0 - beta2**step
-        scale = self._scale(parameter, group, step)
-        gradient = parameter.grad
-        if scale is None or gradient is None:
-            raise RuntimeError("the Jacobian of a step needs the optimizer's state and the gradient it used.")
+        c2 = 1.0 - beta2 ** self._age(state)
         root = (_wide(state["exp_avg_sq"]) / c2).sqrt_()
         bend = _wide(state["exp_avg"]) * _wide(gradient) * ((1.0 - beta2) / ((1.0 - beta1) * c2)) / root
         return scale - torch.where(root > 0, bend, 0.0) * scale * scale
 
     def pace(self, group: dict[str, Any]) -> float:
         """What the step just taken multiplied `scale` times its first moment by: lr / (1 - beta1^t)."""
-        return float(group["lr"]) / (1.0 - float(group["betas"][0]) ** self.steps())
+        return float(group["lr"]) / (1.0 - float(group["betas"][0]) ** self._count)
 
     def echo(self) -> Echo:
         beta = float(self.optimizer.param_groups[0]["betas"][0])
@@ -127,7 +134,7 @@ class AdamRule:
         """What one unit of first moment will still displace after the step just taken, over `scale` and lr as they
         are now: sum over k >= 1 of beta1^(k-1) / (1 - beta1^(t+k)), cut where training ends (None: unknown)."""
         group = self.optimizer.param_groups[0]
-        beta, step = float(group["betas"][0]), self.steps()
+        beta, step = float(group["betas"][0]), self._count
         weights = _powers(beta, remaining)
         return float(group["lr"]) * sum(w / (1.0 - beta ** (step + k)) for k, w in enumerate(weights, start=1))
 
@@ -136,16 +143,15 @@ class AdamRule:
     ) -> None:
         """Book the step just taken. Each list has a [S, n] a slot; `parts` is each row's gradient, zero in the rows
         for decay and carried momentum."""
-        step = self.steps()
         for slot, part, row, displacement in zip(slots, parts, moments, displacements, strict=True):
-            group = slot.group
+            group, scale = slot.group, self.scale(slot.parameter, slot.group)
+            if scale is None or slot.parameter.grad is None:
+                continue  # torch leaves a parameter without a gradient as it is, its moments too
             beta, lr, decay = float(group["betas"][0]), float(group["lr"]), float(group["weight_decay"])
-            scale = self._scale(slot.parameter, group, step)
-            if scale is None:
-                raise RuntimeError("the optimizer holds no second moment after its step.")
-            unit = scale.view(-1) * (lr / (1.0 - beta**step))
+            state = self.optimizer.state[slot.parameter]
+            unit = scale.view(-1) * (lr / (1.0 - beta ** self._age(state)))
             if decay and _leads():
-                first = self.optimizer.state[slot.parameter]["exp_avg"].view(-1).to(row.dtype)
+                first = state["exp_avg"].view(-1).to(row.dtype)
                 before = slot.parameter.detach().view(-1).to(row.dtype) + unit * first
                 if group.get("decoupled_weight_decay", False):
                     displacement[-2] -= before * (lr * decay / (1.0 - lr * decay))
@@ -174,6 +180,9 @@ class SGDRule:
         """SGD has no second moment that would have to grow old: it counts as long under way."""
         return 1_000_000
 
+    def stepped(self) -> None:
+        return None
+
     def scale(self, parameter: nn.Parameter, group: dict[str, Any]) -> Tensor | None:
         return torch.ones_like(_wide(parameter.detach()))
 
@@ -201,6 +210,8 @@ class SGDRule:
         for decay and carried momentum."""
         for slot, part, row, displacement in zip(slots, parts, moments, displacements, strict=True):
             group = slot.group
+            if slot.parameter.grad is None:
+                continue  # torch leaves a parameter without a gradient as it is, its momentum too
             momentum, lr, decay = float(group["momentum"]), float(group["lr"]), float(group["weight_decay"])
             if decay and _leads():
                 part[-2] = decay * self._before(slot).to(part.dtype)

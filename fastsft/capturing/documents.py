@@ -13,23 +13,24 @@ from torch import Tensor
 class Documents:
     """The documents of one micro-batch, in the order of its flattened tokens.
 
-    offsets [D+1], int64 on the CPU: document d is the flattened tokens offsets[d]..offsets[d+1]. Padding belongs
-    to the document before it: its output gradient is exactly zero, so it adds nothing.
+    offsets [D+1], int64: document d is the flattened tokens offsets[d]..offsets[d+1]. Padding belongs to the document
+    before it: its output gradient is exactly zero, so it adds nothing.
     """
 
     offsets: Tensor
+    # offsets[-1], known without asking the device
+    num_tokens: int
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    @property
-    def num_tokens(self) -> int:
-        return int(self.offsets[-1])
+    def to(self, device: torch.device) -> Documents:
+        return Documents(self.offsets.to(device), self.num_tokens)
 
     @classmethod
     def rows(cls, num_rows: int, row_length: int) -> Documents:
         """One document a row of a [B, T] batch, padded or not."""
-        return cls(torch.arange(num_rows + 1, dtype=torch.int64) * row_length)
+        return cls(torch.arange(num_rows + 1, dtype=torch.int64) * row_length, num_rows * row_length)
 
     @classmethod
     def packed(cls, lengths: Sequence[Sequence[int]], row_length: int) -> Documents:
@@ -45,4 +46,5 @@ class Documents:
             for length in row_lengths:
                 starts.append(position)
                 position += length
-        return cls(torch.tensor([*starts, len(lengths) * row_length], dtype=torch.int64))
+        end = len(lengths) * row_length
+        return cls(torch.tensor([*starts, end], dtype=torch.int64), end)

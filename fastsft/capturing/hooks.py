@@ -128,7 +128,7 @@ class Captured:
             raise ValueError("give either `rows=(num_rows, row_length)` or `lengths=[[...], ...]` with `row_length`.")
         self._factors = []
         documents = Documents.rows(*rows) if rows is not None else Documents.packed(lengths or [], row_length)
-        with self._capture.batch(documents):
+        with self._capture.batch(documents.to(self._capture.layers[0].weight.device)):
             yield
 
     def document_grads(self) -> dict[str, Tensor]:

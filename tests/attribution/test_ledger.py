@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastsft.attribution import Attribution, Targets
+from fastsft.attribution import Attribution, Books, Targets
+from fastsft.record import Record
 from tests.attribution._support import (
     intervals,
     keep_books,
@@ -210,3 +211,32 @@ def test_an_optimizer_that_is_not_linear_is_refused(tmp_path: Path, optimizer: A
 def test_a_target_without_rows_is_refused() -> None:
     with pytest.raises(ValueError, match="target 'maths' has no rows"):
         Targets({"maths": []}, pad_id=0)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd momentum"])
+def test_a_layer_that_some_steps_do_not_reach_keeps_its_momentum(tmp_path: Path, name: str) -> None:
+    """torch skips a parameter without a gradient: its moments do not shrink either."""
+    model = tiny_model(lora=True)
+    layer = next(m for n, m in model.named_modules() if n.endswith("layers.0.mlp.up_proj"))
+    optimizer = OPTIMIZERS[name](trainable(model))
+    batches = _batches(5)
+    books = Books(
+        model,
+        optimizer,
+        make_targets(),
+        sources=SOURCES,
+        record=Record.create(tmp_path),
+        settings=Attribution(refresh_every=2),
+        total_steps=5,
+    )
+    for step, rows in enumerate(batches):
+        layer._disable_adapters = step in (0, 3)  # the adapters of this layer take no part
+        size = max(len(row.input_ids) for row in rows)
+        with books.batch(rows=(6, size), samples=[r.id for r in rows], sources=[r.source for r in rows]):
+            loss_of(model, rows).backward()
+        layer._disable_adapters = False
+        optimizer.step()
+        optimizer.zero_grad()
+        books.after_step()
+    books.finish()
+    assert max(event["displacement_error"] for event in intervals(books)) < 1e-12

@@ -45,15 +45,16 @@ def last_weights(folder):
 
 
 @pytest.mark.parametrize(
-    ("name", "sections"),
+    "sections",
     [
-        ("padded", {}),
-        ("packed, dropped echoes", {"train": {"packing": True, "batch_size": 1}, "attribution": {"refresh_every": 1}}),
-        ("sgd", {"train": {"optimizer": "sgd", "schedule": "cosine", "weight_decay": 0.1, "learning_rate": 0.5}}),
+        {},
+        # the checkpoint falls on a refresh, with samples of the steps before still open
+        {"train": {"packing": True, "batch_size": 1}, "attribution": {"refresh_every": 1}},
+        {"train": {"optimizer": "sgd", "schedule": "cosine", "weight_decay": 0.1, "learning_rate": 0.5}},
     ],
-    ids=lambda each: each if isinstance(each, str) else "",
+    ids=["padded", "packed, open samples", "sgd"],
 )
-def test_a_killed_run_resumes_as_if_never_stopped(tmp_path, name, sections):
+def test_a_killed_run_resumes_as_if_never_stopped(tmp_path, sections):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for folder in (whole, broken):
         write_run_file(folder, sections=sections)
@@ -92,7 +93,7 @@ def test_the_run_file_is_on_record_before_the_first_step(tmp_path):
     written = yaml.safe_load((tmp_path / "out/config.yaml").read_text())
     assert written["train"]["max_length"] == 12
     assert written["train"]["steps"] == 14
-    assert written["versions"]["torch"] == torch.__version__.split("+")[0] or torch.__version__
+    assert written["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     events = [event["event"] for event in Record.open(tmp_path / "out").events()]
     assert events[0] == "start"
     notes = [event["text"] for event in Record.open(tmp_path / "out").events("note")]
