@@ -349,7 +349,7 @@ class SampleBook:
                 if share.tail:
                     wanted = wanted + end * (now * share.tail)
                 for each in step.seen:
-                    if each.keep:
+                    if index in each.grads:
                         each.phi += each.grads[index].flatten(1) @ wanted.flatten(1).T
                 if sketches:
                     known = step.start[place] * (step.used[place] * (share.within + share.tail))

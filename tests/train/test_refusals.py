@@ -128,7 +128,7 @@ def test_a_missing_data_file_is_named_with_its_neighbour(tmp_path):
 
 
 def test_a_missing_model_is_named(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     path = write_run_file(tmp_path, model="modle")
     with pytest.raises(ConfigError, match=r"model 'modle' can't be loaded .*correct the name, or name its folder"):
         fastsft.run(load_config(path), root=tmp_path)
