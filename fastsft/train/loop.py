@@ -57,6 +57,11 @@ def run(config: RunConfig, *, root: Path | None = None, resume: bool = False) ->
         raise ConfigError(
             f"{out / 'checkpoints'} holds no whole checkpoint to resume from: start the run without resume."
         )
+    if checkpoint is not None and int(checkpoint.name.split("-")[1]) >= config.train.steps:
+        raise ConfigError(
+            f"{checkpoint} holds all {config.train.steps} steps of this run, so nothing is left to resume: "
+            f"write its page with `fastsft report {out}`."
+        )
     model, tokenizer = load_model(config.model, root)
     return fine_tune(config, prepare(config, tokenizer, root), model, tokenizer, out=out, checkpoint=checkpoint)
 

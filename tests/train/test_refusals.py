@@ -97,7 +97,10 @@ def test_a_folder_is_no_run_file(tmp_path):
 GOOD_ROW = '{"id": "x", "prompt": "w2 w3", "response": "w4"}'
 BAD_DATA = {
     "not json": ("{prompt", "apples.jsonl, row 1: not JSON .* Mend or remove the line"),
-    "missing field": ('{"prompt": "w2", "completion": "w3"}', 'row 1: no field "response"; the nearest is "completion"'),
+    "missing field": (
+        '{"prompt": "w2", "completion": "w3"}',
+        'row 1: no field "response"; the nearest is "completion"',
+    ),
     "empty response": ('{"prompt": "w2", "response": " "}', "row 1: the response is empty.*fill it in or drop the row"),
     "duplicate id": (f"{GOOD_ROW}\n{GOOD_ROW}", "rows 1 and 2 both have the id 'x'; give one of them another id"),
     "id of another source": (
@@ -166,7 +169,9 @@ def items(rows, **more):
 def test_a_streaming_dataset_is_refused(tmp_path):
     dataset = IterableDataset.from_generator(lambda: iter(items(make_rows(4))))
     trainer = make_trainer(tmp_path, make_lora(), dataset)
-    with pytest.raises(AttachError, match=r"a length and numbered rows: got IterableDataset. Load it without streaming"):
+    with pytest.raises(
+        AttachError, match=r"a length and numbered rows: got IterableDataset. Load it without streaming"
+    ):
         attach(trainer, tmp_path / "run")
 
 
@@ -198,7 +203,9 @@ def test_another_optimizer_is_refused_before_the_first_step(tmp_path):
     before = [weight.detach().clone() for weight in model.parameters()]
     trainer = make_trainer(tmp_path / "trainer", model, optim="adafactor")
     attach(trainer, tmp_path / "run")
-    with pytest.raises(ValueError, match=r"got Adafactor. With a transformers trainer set optim='adamw_torch' or 'sgd'"):
+    with pytest.raises(
+        ValueError, match=r"got Adafactor. With a transformers trainer set optim='adamw_torch' or 'sgd'"
+    ):
         trainer.train()
     assert all(torch.equal(one, other) for one, other in zip(before, model.parameters(), strict=True))
 
@@ -209,7 +216,9 @@ def test_a_model_without_trainable_layers_is_refused(tmp_path):
         weight.requires_grad = "norm" in name
     trainer = make_trainer(tmp_path / "trainer", model)
     attach(trainer, tmp_path / "run")
-    with pytest.raises(ValueError, match=r"no trainable linear layer to follow. Unfreeze some weights, or add adapters"):
+    with pytest.raises(
+        ValueError, match=r"no trainable linear layer to follow. Unfreeze some weights, or add adapters"
+    ):
         trainer.train()
 
 
