@@ -49,8 +49,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure what the books leave unexplained.")
     parser.add_argument("--json", type=Path, help="keep the rows here, as JSON lines")
     parser.add_argument("--every", type=int, nargs="+", default=[1, 10, 20])
-    parser.add_argument("--steps", type=int, default=80)
-    parser.add_argument("--target-rows", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--target-rows", type=int, default=16)
     parser.add_argument("--cases", nargs="+", default=["real", "demo"], choices=["real", "demo"])
     args = parser.parse_args()
     rows: list[dict[str, object]] = []

@@ -13,6 +13,7 @@ from fastsft.data import DataError
 from fastsft.record import Record, RecordError
 from fastsft.train import AttachError, ConfigError, load_config, parse_config
 from fastsft.train.attach import _check
+from fastsft.train.demo import demo
 from tests.train._run_file import write_run_file
 from tests.train._support import attach, make_lora, make_model, make_rows, make_tokenizer, make_trainer
 
@@ -144,8 +145,6 @@ def test_a_folder_that_holds_a_run_is_refused_before_anything_is_loaded(tmp_path
     with pytest.raises(RecordError, match=r"already holds a run. Choose another `out`, resume it, or delete"):
         fastsft.run(load_config(path), root=tmp_path)
     with pytest.raises(RecordError, match="already holds a run"):
-        from fastsft.train.demo import demo
-
         demo(tmp_path / "out")
     assert (tmp_path / "out/record.jsonl").read_text() == before
     assert not (tmp_path / "out/config.yaml").exists()
@@ -178,7 +177,7 @@ def test_a_streaming_dataset_is_refused(tmp_path):
 def test_torch_compile_is_refused(tmp_path):
     trainer = make_trainer(tmp_path, make_lora())
     trainer.args.torch_compile = True
-    with pytest.raises(AttachError, match="torch_compile=True leaves out module hooks.*train with it off"):
+    with pytest.raises(AttachError, match=r"torch_compile=True leaves out module hooks.*train with it off"):
         attach(trainer, tmp_path / "run")
 
 
@@ -267,7 +266,7 @@ def test_two_samples_of_one_id_are_refused(tmp_path):
 
 def test_text_that_is_not_tokenised_is_refused(tmp_path):
     trainer = make_trainer(tmp_path, make_lora(), [{"prompt": "w2", "response": "w3"}] * 4)
-    with pytest.raises(ValueError, match="no `input_ids` .*tokenise it first, or use TRL's SFTTrainer"):
+    with pytest.raises(ValueError, match=r"no `input_ids` .*tokenise it first, or use TRL's SFTTrainer"):
         attach(trainer, tmp_path / "run")
 
 
@@ -275,7 +274,7 @@ def test_a_collator_put_in_later_is_noticed(tmp_path):
     trainer = make_trainer(tmp_path / "trainer", make_lora())
     attach(trainer, tmp_path / "run")
     trainer.get_train_dataloader = lambda: type(trainer).get_train_dataloader(trainer)
-    with pytest.raises(RuntimeError, match="came without the numbers of its samples.*Attach last"):
+    with pytest.raises(RuntimeError, match=r"came without the numbers of its samples.*Attach last"):
         trainer.train()
 
 
