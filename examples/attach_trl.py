@@ -1,6 +1,6 @@
 """Attach the books to TRL's SFTTrainer: python examples/attach_trl.py MODEL ROWS.jsonl.gz VALIDATION.jsonl.gz
 
-Any causal language model and any rows with `prompt` and `response` will do; FASTSFT_DATA's base-model, maths/gsm8k for one.
+Any causal language model, any rows with `prompt`, `response`, `id` and `source`; FASTSFT_DATA has maths/gsm8k, for one.
 """
 
 import sys

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from fastsft.capturing import capture
     from fastsft.record import Record
     from fastsft.report import write_report
-    from fastsft.train.attach import Run, attach
+    from fastsft.train.attach import attach
     from fastsft.train.config import load_config
+    from fastsft.train.followed import Run
     from fastsft.train.loop import run
 
 _HOMES = {

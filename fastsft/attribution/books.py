@@ -10,13 +10,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastsft import ops
 from fastsft.attribution.in_run import Batch, Columns, SampleBook
+from fastsft.attribution.journal import Journal, rank
 from fastsft.attribution.layout import Layout
 from fastsft.attribution.ledger import Entry, Ledger
 from fastsft.attribution.optimizer import rule_of
@@ -75,9 +75,7 @@ class Books:
         self._probes = self._choose_probes()
         self._probe_sums: dict[int, Tensor] = {}
         self._sources_now: Tensor = torch.zeros(0, dtype=torch.int64)
-        self._events: list[dict[str, Any]] = []
-        self._counts = torch.zeros(2, len(self.sources), dtype=torch.float64)  # documents, tokens
-        self._losses: list[Tensor] = []
+        self.journal = Journal(record, self.sources, targets.abilities, self.layout.device)
         self._last_refresh = step
         self._resumed = False
         self._early: tuple[Tensor, ...] | None = None  # booked to samples after the last interval was closed
@@ -114,8 +112,7 @@ class Books:
         documents = documents.to(self.layout.device)
         batch = Batch(documents, list(samples), where, sizes)
         self._sources_now = where.to(self.layout.device)
-        self._counts[0].index_add_(0, where, torch.ones(len(where), dtype=torch.float64))
-        self._counts[1].index_add_(0, where, torch.tensor(sizes, dtype=torch.float64))
+        self.journal.draw(where, sizes)
         if self.state is None:
             self.refresh()
         if self.settings.samples:
@@ -125,7 +122,7 @@ class Books:
 
     def add_loss(self, loss: Tensor) -> None:
         """Tell the training loss of this micro-batch, as it adds up over the step."""
-        self._losses.append(loss.detach())
+        self.journal.add_loss(loss)
 
     def _see(self, index: int, x: Tensor, dy: Tensor, documents: Documents) -> None:
         began = time.perf_counter()
@@ -194,28 +191,15 @@ class Books:
             self.ledger.book_step(scale)
             if self.settings.samples:
                 self.samples.book_step(self.step, scale, self._remaining)
-        loss = torch.stack(self._losses).sum() if self._losses else torch.tensor(float("nan"))
-        self._events.append(
-            {
-                "event": "step",
-                "step": self.step,
-                "loss": loss,
-                "lr": float(self.optimizer.param_groups[0]["lr"]),
-                "scale": scale,
-                "identity_error": error,
-                "counts": self._counts.clone(),
-            }
-        )
-        self._losses = []
-        self._counts.zero_()
+        self.journal.add_step(self.step, float(self.optimizer.param_groups[0]["lr"]), scale, error)
         self.own_seconds += time.perf_counter() - began
 
     def drop_step(self) -> None:
         """Forget what was seen since the last step: the trainer skipped it."""
         self.ledger.forget_step()
         self.samples.drop_step()
-        self._probe_sums, self._losses = {}, []
-        self._counts.zero_()
+        self._probe_sums = {}
+        self.journal.forget()
 
     # refreshing
 
@@ -233,19 +217,19 @@ class Books:
         if self.state is not None and self.step == self._last_refresh:
             if settle and self.samples.has_open:  # measured here already: only the samples' echo is left to book
                 columns, *booked = self._close_samples(self.state, settle)
-                self._write_influence(columns)
+                self.journal.write_influence(columns)
                 self._early = tuple(booked)
             return {}
         began = time.perf_counter()
         state = self.targets.measure(self.model, self.layout.parameters, self.layout.dtype)
         entries: dict[str, Entry] = {}
-        events = self._flush()
+        events = self.journal.flush()
         if self.state is not None:
             columns, total, wide = self._close_samples(state, settle)
             if self._early is not None:
                 total, wide, self._early = total + self._early[0], wide + self._early[1], None
             entries, gap = self.ledger.balance(state, wide, total)
-            self._write_influence(columns)
+            self.journal.write_influence(columns)
             events.append(
                 {
                     "event": "interval",
@@ -267,8 +251,7 @@ class Books:
                 {"event": "refresh", "step": self.step, "losses": state.losses, "errors": errors, "seconds": seconds}
             )
         self._resumed = False
-        if _rank() == 0:
-            self.record.append_all(events)
+        self.journal.write(events)
         self.state, self._last_refresh = state, self.step
         self.ledger.begin(state)
         if self.settings.samples:
@@ -301,66 +284,19 @@ class Books:
         elif share < bound / 4:
             self.refresh_every = min(4 * self.settings.refresh_every, 2 * self.refresh_every)
 
-    def _flush(self) -> list[dict[str, Any]]:
-        """Bring the numbers of the steps since the last refresh to the host in one go."""
-        events = []
-        for event in self._events:
-            counts = event.pop("counts").to(self.layout.device)
-            loss = event["loss"].to(self.layout.device, torch.float32)
-            if dist.is_initialized():
-                dist.all_reduce(counts)
-                dist.all_reduce(loss)
-                loss = loss / dist.get_world_size()
-            event.update(
-                loss=float(loss),
-                scale=float(event["scale"]),
-                identity_error=float(event["identity_error"]),
-                documents=dict(zip(self.sources, counts[0].int().tolist(), strict=True)),
-                tokens=dict(zip(self.sources, counts[1].int().tolist(), strict=True)),
-            )
-            events.append(event)
-        self._events = []
-        return events
-
-    def _write_influence(self, columns: list[Columns]) -> None:
-        if not columns:
-            return
-        abilities = self.targets.abilities
-        steps, ids, sources, phis = [], [], [], []
-        tokens: list[list[float]] = []
-        for column in columns:
-            for row, sample in enumerate(column.batch.samples):
-                steps += [column.step] * len(abilities)
-                ids += [sample] * len(abilities)
-                sources += [self.sources[int(column.batch.sources[row])]] * len(abilities)
-                if column.tokens is not None:
-                    first = int(column.batch.documents.offsets[row])
-                    tokens += column.tokens[first : first + column.batch.lengths[row]].T.tolist()
-            phis.append(column.phi.float().numpy().reshape(-1))
-        table: dict[str, Any] = {
-            "step": np.array(steps, dtype=np.int32),
-            "sample_id": ids,
-            "source": sources,
-            "ability": abilities * (len(ids) // len(abilities)),
-            "phi": np.concatenate(phis),
-        }
-        if self.settings.tokens:
-            table["tokens"] = tokens
-        self.record.write_influence(min(steps), max(steps), table, rank=_rank())
-
     def finish(self) -> None:
         """Close the last interval and the record."""
         self.refresh(settle=True)
-        if _rank() == 0:
-            seconds = time.perf_counter() - self._began
-            self.record.append(
-                "end",
-                self.step,
-                seconds=seconds,
-                step_seconds=seconds - self.refresh_seconds,
-                own_seconds=self.own_seconds if self.layout.device.type == "cpu" else None,
-                refresh_seconds=self.refresh_seconds,
-            )
+        seconds = time.perf_counter() - self._began
+        end = {
+            "event": "end",
+            "step": self.step,
+            "seconds": seconds,
+            "step_seconds": seconds - self.refresh_seconds,
+            "own_seconds": self.own_seconds if self.layout.device.type == "cpu" else None,
+            "refresh_seconds": self.refresh_seconds,
+        }
+        self.journal.write([end])
         self.close()
 
     def close(self) -> None:
@@ -405,9 +341,5 @@ class Books:
         self.refresh_every = int(state["refresh_every"])
         self._early = tuple(torch.tensor(sums, dtype=torch.float64) for sums in state["early"]) or None
         self._resumed = True
-        if _rank() == 0:
+        if rank() == 0:
             self.ledger.moment.copy_(state["moment"])
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0

@@ -170,7 +170,9 @@ def make_trainer(
         lora = LoraConfig(r=train.rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")  # type: ignore[arg-type]
         model = get_peft_model(model, lora)  # type: ignore[assignment]
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
-    checkpointing = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    # the newer name of the two; the older one warns where both are known
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    checkpointing: dict[str, Any] = {name: True, f"{name}_kwargs": {"use_reentrant": False}}
     args = TrainingArguments(
         output_dir=str(out / "checkpoints"),
         max_steps=train.steps,
@@ -183,7 +185,7 @@ def make_trainer(
         optim={"adamw": "adamw_torch", "sgd": "sgd"}[train.optimizer],
         max_grad_norm=train.max_grad_norm,
         bf16=train.precision == "bf16",
-        **{checkpointing: train.gradient_checkpointing},  # type: ignore[arg-type]
+        **(checkpointing if train.gradient_checkpointing else {}),
         save_steps=train.save_every,
         save_total_limit=2,
         dataloader_num_workers=train.workers,

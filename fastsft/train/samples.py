@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,7 +59,7 @@ def table_of_dataset(dataset: Any, decode: Callable[[list[int]], str]) -> Sample
         ids.append(str(row["id"]) if has_id else _token_id(row["input_ids"]))
         sources.append(str(row["source"]) if has_source else "train")
     if has_id and len(set(ids)) < len(ids):
-        twice = next(name for name in ids if ids.count(name) > 1)
+        [(twice, _)] = Counter(ids).most_common(1)
         raise ValueError(f"sample id {twice!r} stands twice in the training set: make the ids distinct.")
 
     def text(number: int) -> tuple[str, str]:
@@ -118,3 +119,13 @@ def _text(tokens: list[int], labels: Sequence[int] | None, decode: Callable[[lis
     supervised = (place for place, label in enumerate(labels if labels is not None else []) if label != IGNORED)
     split = next(supervised, len(tokens))
     return decode(tokens[:split]), decode(tokens[split:])
+
+
+def decoder(trainer: Any) -> Callable[[list[int]], str]:
+    """How a trainer's tokens read: by its tokenizer, or as numbers where it has none."""
+    tokenizer = trainer.processing_class
+
+    def decode(tokens: list[int]) -> str:
+        return str(tokenizer.decode(tokens)) if tokenizer is not None else " ".join(map(str, tokens))
+
+    return decode

@@ -5,7 +5,7 @@ import torch
 from torch.utils.data import Dataset, SequentialSampler
 
 from fastsft.data import PackedDataset, RowDataset
-from fastsft.record import Record
+from fastsft.record import Record, read_table
 from fastsft.train.samples import table_of_dataset
 from tests.train._support import (
     assert_adds_up,
@@ -132,7 +132,5 @@ def test_tokens_of_a_sample_follow_its_length(tmp_path):
         assert set(table["sample_id"]) == set(lengths)
         for name, tokens in zip(table["sample_id"], table["tokens"], strict=True):
             assert len(tokens) == lengths[name]
-        from fastsft.record import read_table
-
         texts = read_table(run.record.out / "token_text.parquet").to_pydict()
         assert {name: len(each) for name, each in zip(texts["sample_id"], texts["tokens"], strict=True)} == lengths

@@ -278,6 +278,30 @@ def test_a_collator_put_in_later_is_noticed(tmp_path):
         trainer.train()
 
 
+def padded_on_the_left(features):
+    width = max(len(feature["input_ids"]) for feature in features)
+    gaps = [width - len(feature["input_ids"]) for feature in features]
+    pairs = list(zip(features, gaps, strict=True))
+    return {
+        "input_ids": torch.tensor([[0] * gap + feature["input_ids"] for feature, gap in pairs]),
+        "labels": torch.tensor([[-100] * gap + feature["labels"] for feature, gap in pairs]),
+        "attention_mask": torch.tensor([[0] * gap + [1] * (width - gap) for gap in gaps]),
+    }
+
+
+def test_scores_of_tokens_padded_on_the_left_are_refused(tmp_path):
+    """They would be booked to the wrong tokens; samples as a whole are right on either side."""
+    for tokens in (False, True):
+        trainer = make_trainer(tmp_path / "trainer", make_lora(), collator=padded_on_the_left)
+        run = attach(trainer, tmp_path / f"run{tokens}", tokens=tokens)
+        if tokens:
+            with pytest.raises(AttachError, match=r"set `padding_side='right'` .* or attribute with tokens=False"):
+                trainer.train()
+        else:
+            trainer.train()
+            assert max(event["identity_error"] for event in run.record.events("step")) < 1e-5
+
+
 def test_only_a_trainer_can_be_attached(tmp_path):
     with pytest.raises(TypeError, match=r"must be a transformers Trainer .*: got int. For a loop of your own see"):
         fastsft.attach(3, {}, out=tmp_path)

@@ -125,6 +125,23 @@ def test_a_checkpoint_without_books_is_carried(tmp_path):
         assert event["displacement_error"] < 1e-4
 
 
+def test_books_are_read_from_the_checkpoint_that_was_resumed(tmp_path):
+    """It may lie in another folder than the trainer's own."""
+    settings = {"max_steps": 8, "save_strategy": "steps", "save_steps": 4}
+    trainer = make_trainer(tmp_path / "trainer", make_lora(), **settings)
+    run = attach(trainer, tmp_path / "run")
+    trainer.train()
+    influence, ledger = influence_of(run.record), ledger_of(run.record)
+    elsewhere = (tmp_path / "trainer/checkpoint-4").rename(tmp_path / "moved")
+
+    trainer = make_trainer(tmp_path / "trainer", make_lora(), **settings)
+    run = attach(trainer, tmp_path / "run")
+    trainer.train(resume_from_checkpoint=str(elsewhere))
+    assert [event["checkpoint"] for event in run.record.events("resume")] == ["moved"]
+    assert_close(influence_of(run.record), influence, share=1e-6)
+    assert_close(ledger_of(run.record), ledger, share=1e-6)
+
+
 def test_resuming_without_a_checkpoint_says_so(tmp_path):
     path = write_run_file(tmp_path)
     with pytest.raises(fastsft.train.ConfigError, match="holds no whole checkpoint to resume from: start the run"):

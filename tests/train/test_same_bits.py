@@ -1,12 +1,18 @@
 """Training is the same to the bit with and without the books."""
 
+import warnings
+
 import datasets
 import pytest
 import torch
 
+import fastsft
 from fastsft.data import PackedDataset, RowDataset, pack
+from fastsft.train.loop import Padding
+from tests.train._run_file import write_run_file
 from tests.train._support import (
     assert_adds_up,
+    assert_close,
     assert_same_bits,
     attach,
     influence_of,
@@ -72,8 +78,11 @@ def test_weights_are_the_same_bits_with_and_without_the_books(tmp_path, case):
     assert_same_bits(plain, followed)
     start = weights_of(make_lora() if case["method"] == "lora" else make_model())
     assert any(not torch.equal(start[name], followed[name]) for name in start)  # it did train
-    bound = 3e-2 if case.get("bf16") else 1e-5  # bf16 has 8 bits: weight gradients are rounded one by one
-    assert max(event["identity_error"] for event in record.events("step")) < bound
+    # measured 2e-7, and 1.9e-3 under bf16, which rounds every weight gradient to 8 bits
+    assert max(event["identity_error"] for event in record.events("step")) < (4e-3 if case.get("bf16") else 1e-6)
+    assert max(event["displacement_error"] for event in record.events("interval")) < (
+        4e-3 if case.get("bf16") else 1e-4
+    )
     assert_adds_up(record)
     assert influence_of(record)
 
@@ -162,8 +171,6 @@ def test_a_dataset_in_torch_format_is_followed(tmp_path):
     ).with_format("torch")
 
     def collate(features):
-        from fastsft.train.loop import Padding
-
         plain = [{name: feature[name].tolist() for name in ("input_ids", "labels")} for feature in features]
         return Padding(0, None)(plain)
 
@@ -186,3 +193,20 @@ def test_a_target_may_be_a_dataset(tmp_path):
         trainer.train()
         losses.append([event["losses"] for event in run.record.events("refresh")])
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_run_file_checkpoints_activations_and_reports(tmp_path, method):
+    """Same influence as without checkpointing; transformers' older name for it is not used where there is a newer."""
+    found = []
+    for on in (False, True):
+        path = write_run_file(
+            tmp_path / str(on), sections={"train": {"steps": 3, "method": method, "gradient_checkpointing": on}}
+        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="`gradient_checkpointing", category=FutureWarning)
+            run = fastsft.run(fastsft.load_config(path), root=path.parent)
+        assert run.trainer.model.is_gradient_checkpointing == on
+        assert run.report() == path.parent / "out/report.html"
+        found.append(influence_of(run.record))
+    assert_close(found[1], found[0], share=1e-5)
