@@ -340,8 +340,8 @@ class SampleBook:
                 response = step.units[place] + decay * response
                 ahead[step.step] = response
             now = self._scales[index] * self._rate(index)
-            lacking: list[Tensor] = []
-            for step, share in zip(self._open, shares, strict=True):
+            table = ops.sjlt_table(self.layers[index].shape, size, self._seeds[index], end.device) if sketches else None
+            for number, (step, share) in enumerate(zip(self._open, shares, strict=True)):
                 psi = share.enters * (ahead[step.step] if step.intervals == 0 else response) + share.extra
                 if step.jacobian is not None:
                     psi = step.jacobian[place] * step.effect
@@ -351,13 +351,10 @@ class SampleBook:
                 for each in step.seen:
                     if index in each.grads:
                         each.phi += each.grads[index].flatten(1) @ wanted.flatten(1).T
-                if sketches:
+                if table is not None:
                     known = step.start[place] * (step.used[place] * (share.within + share.tail))
-                    lacking.append((wanted - known) / step.used[place].sqrt())
-            if sketches:
-                found = ops.sketch_matrix(torch.stack(lacking), size, self._seeds[index])  # [steps, A, K]
-                for sketch, part in zip(sketches, found, strict=True):
-                    sketch += part
+                    lacking = ((wanted - known) / step.used[place].sqrt()).flatten(1)  # [A, O*I]
+                    sketches[number].index_add_(1, table[0], lacking * table[1].to(lacking.dtype))
         for number, (step, share) in enumerate(zip(self._open, shares, strict=True)):
             for each in step.seen:
                 if not each.keep:
