@@ -17,9 +17,11 @@ Events, all with `event` and `step` (the number of optimizer steps taken when it
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import math
 import os
+import platform
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -200,3 +202,14 @@ def read_table(path: Path) -> pa.Table:
 
 def digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """The versions that a run's numbers depend on; packages that are not installed are left out."""
+    found = {"python": platform.python_version()}
+    for name in ("fastsft", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "numpy"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -67,7 +67,7 @@ class Race:
                 self.optimizer,
                 Targets(dict.fromkeys(("maths", "code", "general"), held), pad_id=0, batch_tokens=2048),
                 sources=SOURCES,
-                record=Record.create(tempfile.mkdtemp()),
+                record=Record.create(Path(args.place) / str(id(self))),
                 settings=settings,
             )
 
@@ -204,7 +204,8 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true", help="bf16 autocast")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows = signed([row for method in args.methods for row in race(method, args)], args.device)
+    with tempfile.TemporaryDirectory() as args.place:
+        rows = signed([row for method in args.methods for row in race(method, args)], args.device)
     for row in rows:
         spread = (
             f"[{row['ratio_p20']:.3f}, {row['ratio_p80']:.3f}]"

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,7 +24,7 @@ from fastsft.attribution.optimizer import rule_of
 from fastsft.attribution.settings import Attribution
 from fastsft.attribution.targets import Targets, TargetState
 from fastsft.capturing import Capture, Documents
-from fastsft.record import Record
+from fastsft.record import SCHEMA, Record, versions
 
 STATE_SCHEMA = 1
 
@@ -33,7 +34,6 @@ class Books:
 
     ```python
     books = Books(model, optimizer, targets, sources=["gsm8k", "wikisql"], record=Record.create("runs/a"))
-    books.refresh()
     for batch in loader:
         with books.batch(rows=batch["input_ids"].shape, samples=ids, sources=names):
             model(**inputs).loss.backward()
@@ -56,12 +56,21 @@ class Books:
         settings: Attribution | None = None,
         total_steps: int | None = None,
         step: int = 0,
+        details: Mapping[str, Any] | None = None,
     ) -> None:
+        """Follow `model` under `optimizer`.
+
+        sources: the names that batches will use. record: an empty run directory. total_steps, where known: how long
+        the last steps' momentum still acts. step: the optimizer steps taken before. details: what the report should
+        say of the run beside what can be seen here (`seed`, `model`, `data` {source: {...}}, `settings` {...}).
+        """
         self.model, self.optimizer, self.targets, self.record = model, optimizer, targets, record
         self.settings = settings or Attribution()
         self.sources, self.total_steps = list(sources), total_steps
         if not self.sources or len(set(self.sources)) != len(self.sources):
             raise ValueError(f"`sources` must be distinct names, at least one: got {self.sources}.")
+        self.details = dict(details or {})
+        self._started = False
         self._source_index = {name: index for index, name in enumerate(self.sources)}
         self.step = step
         self.capture = Capture(model, sink=self._see)
@@ -82,6 +91,39 @@ class Books:
         self.own_seconds = self.refresh_seconds = 0.0
         self._began = time.perf_counter()
         self._handles = [optimizer.register_step_post_hook(self._after_optimizer)]
+
+    def start(self) -> None:
+        """Write down what this run is; the first batch does so if nobody has."""
+        if self._started:
+            return
+        self._started = True
+        parameters = list(self.model.parameters())
+        group = self.optimizer.param_groups[0]
+        plain = {key: value for key, value in group.items() if isinstance(value, int | float | str | bool | tuple)}
+        name = getattr(getattr(self.model, "config", None), "name_or_path", "") or type(self.model).__name__
+        start = {
+            "event": "start",
+            "step": self.step,
+            "schema": SCHEMA,
+            "abilities": self.targets.abilities,
+            "sources": self.sources,
+            "settings": {**dataclasses.asdict(self.settings), **self.details.get("settings", {})},
+            "versions": versions(),
+            "seed": self.details.get("seed"),
+            "optimizer": {"name": type(self.optimizer).__name__, **plain},
+            "method": "lora" if hasattr(self.model, "peft_config") else "full",
+            "model": {
+                "name": self.details.get("model", name),
+                "parameters": sum(p.numel() for p in parameters),
+                "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+            },
+            "data": self.details.get("data", {}),
+            "targets": {
+                ability: {"rows": len(rows), "tokens": sum(self.targets.tokens[ability])}
+                for ability, rows in self.targets.rows.items()
+            },
+        }
+        self.journal.write([start])
 
     # seeing
 
@@ -224,6 +266,7 @@ class Books:
         state = self.targets.measure(self.model, self.layout.parameters, self.layout.dtype)
         entries: dict[str, Entry] = {}
         events = self.journal.flush()
+        self.start()
         if self.state is not None:
             columns, total, wide = self._close_samples(state, settle)
             if self._early is not None:
@@ -340,6 +383,6 @@ class Books:
         self.step = self._last_refresh = int(state["step"])
         self.refresh_every = int(state["refresh_every"])
         self._early = tuple(torch.tensor(sums, dtype=torch.float64) for sums in state["early"]) or None
-        self._resumed = True
+        self._resumed = self._started = True
         if rank() == 0:
             self.ledger.moment.copy_(state["moment"])

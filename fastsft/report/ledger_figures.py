@@ -31,7 +31,7 @@ def waterfall(entry: Mapping[str, Any], width: Width = "container") -> alt.Layer
     span = (high - low) or 1.0
     # a number stands left of its bar where there is room for it, so that nothing runs off a narrow screen
     for row in rows:
-        row["side"] = "left" if min(row["x"], row["x2"]) - low > 0.4 * span else "right"
+        row["side"] = "left" if row["left"] - low > 0.4 * span else "right"
     crowded = any(row["side"] == "right" and row["right"] - low > 0.65 * span for row in rows)
     scale = alt.Scale(domain=[low - 0.04 * span, high + (0.4 if crowded else 0.06) * span], nice=False, zero=False)
     loss = entry["loss_start"] is not None

@@ -1,6 +1,7 @@
 """Training under attribution: `attach` to a trainer you have, or `run` a file."""
 
-from fastsft.train.attach import AttachError, Run, attach, versions
+from fastsft.record import versions
+from fastsft.train.attach import AttachError, Run, attach
 from fastsft.train.config import ConfigError, RunConfig, load_config, parse_config
 from fastsft.train.loop import run
 

@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset
 
 from fastsft.attribution import Attribution
 from fastsft.record import Record
-from fastsft.train.followed import AttachError, Run, versions
+from fastsft.train.followed import AttachError, Run
 from fastsft.train.samples import SampleTable, decoder, table_of_dataset
 from fastsft.train.tags import COLUMNS, Numbered, TaggingCollator
 from fastsft.train.targets import TargetRows, read_targets
@@ -164,4 +164,4 @@ def _wrap(trainer: Any, run: Run) -> None:
     trainer.add_callback(Callback())
 
 
-__all__ = ["AttachError", "Run", "attach", "versions"]
+__all__ = ["AttachError", "Run", "attach"]

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fastsft.attribution import Attribution, Books, Targets
-from fastsft.record import SCHEMA, Record, write_table
+from fastsft.record import Record, write_table
 from fastsft.train.checkpoint import load_books, save_books
 from fastsft.train.samples import SampleTable, decoder
 from fastsft.train.tags import DOCUMENTS, read_tags
@@ -75,12 +72,13 @@ class Run:
             settings=self.settings,
             total_steps=int(state.max_steps),
             step=step,
+            details=self._details(),
         )
         if loaded is not None:
             self.books.load_state_dict(loaded)
             self._remember_drawn()
         if main and loaded is None:
-            self.record.append("start", step, **self._start_fields(optimizer))
+            self.books.start()
             notes = list(self.details.get("notes", []))
             if step:
                 notes.append(f"{checkpoint} holds no books: what its momentum does is `carried`.")
@@ -95,39 +93,21 @@ class Run:
         self.record.truncate(step)
         self.record.append("resume", step, checkpoint=checkpoint.name)
 
-    def _start_fields(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        model = self.trainer.model
-        parameters = list(model.parameters())
-        group = optimizer.param_groups[0]
-        plain = {key: value for key, value in group.items() if isinstance(value, int | float | str | bool | tuple)}
+    def _details(self) -> dict[str, Any]:
+        """What only the trainer and the run file know of the run."""
         args = self.trainer.args
+        rows = {name: {"rows": self.table.sources.count(name)} for name in self.table.source_names}
         return {
-            "schema": SCHEMA,
-            "abilities": self.targets.abilities,
-            "sources": self.table.source_names,
+            "seed": args.seed,
+            "data": self.details.get("data") or rows,
             "settings": {
-                **self.settings.__dict__,
                 "steps": int(self.trainer.state.max_steps),
                 "batch_size": args.per_device_train_batch_size,
                 "accumulation": args.gradient_accumulation_steps,
                 "max_grad_norm": args.max_grad_norm,
                 **self.details.get("settings", {}),
             },
-            "versions": versions(),
-            "seed": args.seed,
-            "optimizer": {"name": type(optimizer).__name__, **plain},
-            "method": "lora" if hasattr(model, "peft_config") else "full",
-            "model": {
-                "name": self.details.get("model", getattr(model.config, "name_or_path", "") or type(model).__name__),
-                "parameters": sum(p.numel() for p in parameters),
-                "trainable": sum(p.numel() for p in parameters if p.requires_grad),
-            },
-            "data": self.details.get("data")
-            or {name: {"rows": self.table.sources.count(name)} for name in self.table.source_names},
-            "targets": {
-                ability: {"rows": len(rows), "tokens": sum(self.targets.tokens[ability])}
-                for ability, rows in self.targets.rows.items()
-            },
+            **({"model": self.details["model"]} if "model" in self.details else {}),
         }
 
     def _remember_drawn(self) -> None:
@@ -188,14 +168,3 @@ class Run:
             tokens = [[decode([token]) for token in self.table.tokens(number)] for number in order]
             columns = {"sample_id": [self.table.ids[number] for number in order], "tokens": tokens}
             write_table(self.record.out / "token_text.parquet", pa.table(columns))
-
-
-def versions() -> dict[str, str]:
-    """The versions that a run's numbers depend on; packages that are not installed are left out."""
-    found = {"python": platform.python_version()}
-    for name in ("fastsft", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "numpy"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

@@ -26,8 +26,8 @@ from fastsft.data import (
     read_source,
     tokenize_all,
 )
-from fastsft.record import Record, write_text
-from fastsft.train.attach import Run, attach, versions
+from fastsft.record import Record, versions, write_text
+from fastsft.train.attach import Run, attach
 from fastsft.train.checkpoint import latest_checkpoint
 from fastsft.train.config import ConfigError, RunConfig, SourceConfig
 from fastsft.train.samples import table_of_rows
