@@ -70,7 +70,7 @@ class Books:
         if not self.sources or len(set(self.sources)) != len(self.sources):
             raise ValueError(f"`sources` must be distinct names, at least one: got {self.sources}.")
         self.details = dict(details or {})
-        self._started = False
+        self._started = self._noted = False
         self._source_index = {name: index for index, name in enumerate(self.sources)}
         self.step = step
         self.capture = Capture(model, sink=self._see)
@@ -233,8 +233,20 @@ class Books:
             self.ledger.book_step(scale)
             if self.settings.samples:
                 self.samples.book_step(self.step, scale, self._remaining)
+                self._note_crowding()
         self.journal.add_step(self.step, float(self.optimizer.param_groups[0]["lr"]), scale, error)
         self.own_seconds += time.perf_counter() - began
+
+    def _note_crowding(self) -> None:
+        """Say once that samples of the first steps are known less well than they could be."""
+        if self.samples.crowded and not self._noted:
+            self._noted = True
+            limit = self.settings.keep_bytes / 2**30
+            text = (
+                f"Kept gradients passed keep_bytes ({limit:.2g} GiB) in step {self.step}: the influence of samples in the "
+                f"first {self.settings.warm_steps} steps is sketched from there on, with more noise."
+            )
+            self.journal.write([{"event": "note", "step": self.step, "text": text}])
 
     def drop_step(self) -> None:
         """Forget what was seen since the last step: the trainer skipped it."""

@@ -123,6 +123,9 @@ class SampleBook:
         zeros = self.layout.zeros
         tokens = zeros(batch.documents.num_tokens, A) if self.settings.tokens else None
         keep = self.keeps
+        if not keep and not self._rooted:
+            self._roots = {index: scale.sqrt() for index, scale in self._scales.items()}
+            self._rooted = {index: self._start[index] * root for index, root in self._roots.items()}
         sketch = zeros(D, K) if K and not keep else None
         self._window.append(_Seen(batch, zeros(D, A), zeros(D, A), zeros(D, A), sketch, tokens, keep))
 
@@ -131,6 +134,11 @@ class SampleBook:
         """Whether exact layers' gradients are kept: it was asked for, or the second moment is young and they fit."""
         young = self.steps < self.settings.warm_steps and self.kept_bytes < self.settings.keep_bytes
         return self.settings.factor != "previous" or self.steps == 0 or young
+
+    @property
+    def crowded(self) -> bool:
+        """Whether gradients of this young a second moment should be kept and no longer fit."""
+        return self.settings.factor == "previous" and 0 < self.steps < self.settings.warm_steps and not self.keeps
 
     @property
     def has_open(self) -> bool:
@@ -230,10 +238,9 @@ class SampleBook:
             )
         )
         self._window = []
-        self._root()
 
     def _read_scales(self) -> None:
-        self._scales = {}
+        self._scales, self._roots, self._rooted = {}, {}, {}
         for index in self._exact:
             slot = self.layout.layer_slots[index]
             scale = self.rule.scale(slot.parameter, slot.group)
@@ -242,18 +249,12 @@ class SampleBook:
             if scale is not None:
                 self._scales[index] = scale
 
-    def _root(self) -> None:
-        if not self.keeps:
-            self._roots = {index: scale.sqrt() for index, scale in self._scales.items()}
-            self._rooted = {index: self._start[index] * root for index, root in self._roots.items()}
-
     # the interval
 
     def begin(self, gradient: Tensor) -> None:
         """Start an interval: gradient [A, N] of the targets."""
         self._start = self._split(gradient)
         self._read_scales()
-        self._root()
         if self.steps:
             self._factor()
 

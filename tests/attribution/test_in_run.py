@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastsft.attribution import Attribution
+from fastsft.attribution import Attribution, Books
+from fastsft.record import Record
 from tests.attribution._support import (
     intervals,
     keep_books,
@@ -237,3 +238,48 @@ def test_a_planted_harmful_sample_comes_out_worst(tmp_path: Path) -> None:
     chance = np.random.default_rng(0).normal(size=64)
     print(f"AUC of harmful samples {auc:.3f}, of random scores {(chance[:16, None] > chance[None, 16:]).mean():.3f}")
     assert auc > 0.75
+
+
+def test_what_does_not_fit_is_sketched_even_in_the_middle_of_a_step(tmp_path: Path) -> None:
+    """Past `keep_bytes` later micro-batches of a warm step go through the sketch; phi stays close to exact."""
+    rows = [row for batch in _batches(12, size=8) for row in batch]
+
+    def run(out: Path, **options: Any) -> dict[tuple[str, str], float]:
+        model = tiny_model(lora=True)
+        optimizer = _adamw(model)
+        books = Books(
+            model,
+            optimizer,
+            make_targets(),
+            sources=SOURCES,
+            record=Record.create(out),
+            settings=Attribution(refresh_every=4, **options),
+            total_steps=12,
+        )
+        for step in range(12):
+            for half in (rows[8 * step : 8 * step + 4], rows[8 * step + 4 : 8 * step + 8]):
+                size = max(len(row.input_ids) for row in half)
+                names = {"samples": [row.id for row in half], "sources": [row.source for row in half]}
+                with books.batch(rows=(4, size), **names):
+                    (loss_of(model, half) / 2).backward()
+                kept.append(books.samples.kept_bytes)
+            optimizer.step()
+            optimizer.zero_grad()
+            books.after_step()
+        books.finish()
+        notes.extend(event["text"] for event in books.record.events("note"))
+        return phi_by_sample(books)
+
+    notes: list[str] = []
+    kept: list[int] = []
+    exact = run(tmp_path / "a", factor="exact")
+    limit = kept[8]  # the first micro-batch of the fifth step fits, the second does not
+    kept.clear()
+    squeezed = run(tmp_path / "b", keep_bytes=limit)
+    assert max(kept) == limit
+    assert len(notes) == 1
+    assert "passed keep_bytes" in notes[0]
+    keys = sorted(exact)
+    found, truth = (np.array([phi[key] for key in keys]) for phi in (squeezed, exact))
+    print(f"relative error of phi past the limit: {np.linalg.norm(found - truth) / np.linalg.norm(truth):.3f}")
+    assert np.corrcoef(found, truth)[0, 1] > 0.9
