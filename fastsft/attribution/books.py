@@ -243,8 +243,8 @@ class Books:
             self._noted = True
             limit = self.settings.keep_bytes / 2**30
             text = (
-                f"Kept gradients passed keep_bytes ({limit:.2g} GiB) in step {self.step}: the influence of samples in the "
-                f"first {self.settings.warm_steps} steps is sketched from there on, with more noise."
+                f"Kept gradients passed keep_bytes ({limit:.2g} GiB) in step {self.step}: influence in the "
+                f"first {self.settings.warm_steps} steps is sketched from there on, with more noise on samples."
             )
             self.journal.write([{"event": "note", "step": self.step, "text": text}])
 
