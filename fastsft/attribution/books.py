@@ -70,7 +70,7 @@ class Books:
         if not self.sources or len(set(self.sources)) != len(self.sources):
             raise ValueError(f"`sources` must be distinct names, at least one: got {self.sources}.")
         self.details = dict(details or {})
-        self._started = self._noted = False
+        self._started = self._noted = self._pending = False
         self._source_index = {name: index for index, name in enumerate(self.sources)}
         self.step = step
         self.capture = Capture(model, sink=self._see)
@@ -155,6 +155,7 @@ class Books:
         batch = Batch(documents, list(samples), where, sizes)
         self._sources_now = where.to(self.layout.device)
         self.journal.draw(where, sizes)
+        self._pending = True
         if self.state is None:
             self.refresh()
         if self.settings.samples:
@@ -226,6 +227,7 @@ class Books:
 
     def _after_optimizer(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         began = time.perf_counter()
+        self._pending = False
         self.step += 1
         self.rule.stepped()
         with torch.no_grad():
@@ -249,7 +251,10 @@ class Books:
             self.journal.write([{"event": "note", "step": self.step, "text": text}])
 
     def drop_step(self) -> None:
-        """Forget what was seen since the last step: the trainer skipped it."""
+        """Forget what was seen since the last step, if anything: the trainer skipped it."""
+        if not self._pending:
+            return
+        self._pending = False
         self.ledger.forget_step()
         self.samples.drop_step()
         self._probe_sums = {}

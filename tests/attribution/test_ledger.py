@@ -240,3 +240,34 @@ def test_a_layer_that_some_steps_do_not_reach_keeps_its_momentum(tmp_path: Path,
         books.after_step()
     books.finish()
     assert max(event["displacement_error"] for event in intervals(books)) < 1e-12
+
+
+def test_a_skipped_step_leaves_no_trace(tmp_path: Path) -> None:
+    """fp16's scaler skips a step that overflowed: its gradients must not be booked with the next one."""
+    batches = _batches(4)
+    found = []
+    for number, skipped in enumerate((None, 2)):
+        model = tiny_model(lora=True)
+        optimizer = OPTIMIZERS["adamw"](trainable(model))
+        books = Books(
+            model,
+            optimizer,
+            make_targets(),
+            sources=SOURCES,
+            record=Record.create(tmp_path / str(number)),
+            settings=Attribution(refresh_every=2),
+            total_steps=4,
+        )
+        for step, rows in enumerate(batches):
+            for shown in [batches[0], rows] if step == skipped else [rows]:
+                books.drop_step()
+                optimizer.zero_grad()
+                width = max(len(row.input_ids) for row in shown)
+                names = {"samples": [r.id for r in shown], "sources": [r.source for r in shown]}
+                with books.batch(rows=(len(shown), width), **names):
+                    loss_of(model, shown).backward()
+            optimizer.step()
+            books.after_step()
+        books.finish()
+        found.append(([event["abilities"] for event in intervals(books)], books.record.influence().to_pydict()))
+    assert found[0] == found[1]
