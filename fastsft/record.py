@@ -57,15 +57,13 @@ class Record:
         return self.out / "record.jsonl"
 
     @classmethod
-    def create(cls, out: str | Path, *, overwrite: bool = False) -> Record:
-        """Make a new run directory; one that already holds a run is refused unless `overwrite`."""
+    def create(cls, out: str | Path) -> Record:
+        """Make a new run directory; one that already holds a run is refused."""
         record = cls(out)
         if record.path.exists():
-            if not overwrite:
-                raise RecordError(
-                    f"{record.path} already holds a run. Choose another `out`, resume it, or delete the folder."
-                )
-            record.truncate(-1)
+            raise RecordError(
+                f"{record.path} already holds a run. Choose another `out`, resume it, or delete the folder."
+            )
         record.out.mkdir(parents=True, exist_ok=True)
         return record
 
@@ -119,9 +117,7 @@ class Record:
 
     def truncate(self, step: int) -> None:
         """Forget everything after `step`: a run resumed from that step's checkpoint writes it again."""
-        kept = (
-            [event for event in self.events() if event["step"] <= step and event["event"] != "end"] if step >= 0 else []
-        )
+        kept = [event for event in self.events() if event["step"] <= step and event["event"] != "end"]
         write_text(self.path, "".join(json.dumps(event, ensure_ascii=False) + "\n" for event in kept))
         for part in self.influence_parts():
             if _part_end(part) > step:

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from fastsft import ops
 from fastsft.attribution.in_run import Batch, Columns, SampleBook
-from fastsft.attribution.journal import Journal, rank
+from fastsft.attribution.journal import Journal
 from fastsft.attribution.layout import Layout
 from fastsft.attribution.ledger import Entry, Ledger
 from fastsft.attribution.optimizer import rule_of
+from fastsft.attribution.ranks import rank
 from fastsft.attribution.settings import Attribution
 from fastsft.attribution.targets import Targets, TargetState
 from fastsft.capturing import Capture, Documents

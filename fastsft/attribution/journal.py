@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastsft.attribution.in_run import Columns
+from fastsft.attribution.ranks import rank
 from fastsft.record import Record
 
 
@@ -103,7 +104,3 @@ class Journal:
         if tokens:
             table["tokens"] = tokens
         self.record.write_influence(min(steps), max(steps), table, rank=rank())
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0

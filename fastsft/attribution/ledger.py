@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastsft.attribution.layout import Layout
 from fastsft.attribution.optimizer import Rule
+from fastsft.attribution.ranks import rank
 from fastsft.attribution.targets import TargetState
 
 
@@ -60,7 +61,7 @@ class Ledger:
 
         Under torch.distributed the rows are this rank's part, and rank 0 alone takes what was there before.
         """
-        if dist.is_initialized() and dist.get_rank() > 0:
+        if rank() > 0:
             return
         held = self.layout.zeros(self.layout.num_exact)
         self.rule.carried(self.layout.exact_slots, held)

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+
+from fastsft.attribution.ranks import rank
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +151,7 @@ class AdamRule:
             beta, lr, decay = float(group["betas"][0]), float(group["lr"]), float(group["weight_decay"])
             state = self.optimizer.state[slot.parameter]
             unit = scale.view(-1) * (lr / (1.0 - beta ** self._age(state)))
-            if decay and _leads():
+            if decay and rank() == 0:  # rows are summed over ranks, and decay is the same on all
                 first = state["exp_avg"].view(-1).to(row.dtype)
                 before = slot.parameter.detach().view(-1).to(row.dtype) + unit * first
                 if group.get("decoupled_weight_decay", False):
@@ -213,7 +214,7 @@ class SGDRule:
             if slot.parameter.grad is None:
                 continue  # torch leaves a parameter without a gradient as it is, its momentum too
             momentum, lr, decay = float(group["momentum"]), float(group["lr"]), float(group["weight_decay"])
-            if decay and _leads():
+            if decay and rank() == 0:  # rows are summed over ranks, and decay is the same on all
                 part[-2] = decay * self._before(slot).to(part.dtype)
             if momentum == 0.0:
                 displacement.sub_(part, alpha=lr)
@@ -244,11 +245,6 @@ class SGDRule:
             buffer = self.optimizer.state.get(slot.parameter, {}).get("momentum_buffer")
             if buffer is not None:
                 out[slot.start : slot.end] += buffer.view(-1).to(out.dtype)
-
-
-def _leads() -> bool:
-    """Whether this rank books what all ranks share: rows are summed over ranks."""
-    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def _wide(tensor: Tensor) -> Tensor:

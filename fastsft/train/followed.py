@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastsft.attribution import Attribution, Books, Targets
+from fastsft.attribution.ranks import rank
 from fastsft.record import Record, write_table
 from fastsft.train.checkpoint import load_books, save_books
 from fastsft.train.samples import SampleTable, decoder
@@ -55,7 +56,7 @@ class Run:
     def begin(self, args: TrainingArguments, state: TrainerState) -> None:
         """Open the record and the books when the optimizer exists."""
         step = int(state.global_step)
-        main = not dist.is_initialized() or dist.get_rank() == 0
+        main = rank() == 0
         checkpoint = self.resumed_from or Path(str(args.output_dir)) / f"checkpoint-{step}"
         loaded = load_books(checkpoint) if step else None
         if main:
@@ -143,7 +144,7 @@ class Run:
     def save(self, checkpoint: Path) -> None:
         if self.books is not None:
             state = self.books.state_dict()
-            if not dist.is_initialized() or dist.get_rank() == 0:
+            if rank() == 0:
                 save_books(checkpoint, state)
             self.write_samples()
 
@@ -159,7 +160,7 @@ class Run:
             shares: list[set[int]] = [set() for _ in range(dist.get_world_size())]
             dist.all_gather_object(shares, drawn)
             drawn = set().union(*shares)
-            if dist.get_rank() > 0:
+            if rank() > 0:
                 return
         order = sorted(drawn)
         self.record.write_samples((self.table.ids[n], self.table.sources[n], *self.table.text(n)) for n in order)

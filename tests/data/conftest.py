@@ -2,18 +2,8 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 
 from fastsft.data import World, make_world
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """Run on one thread: these models are too small to share, and sums keep their order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
