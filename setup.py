@@ -26,6 +26,8 @@ CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -pthrea
 ISA_FLAGS = {
     "avx2": "-mavx2 -mfma",
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512",
+    "avx512vnni": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx512bf16 -mavx512vpopcntdq -mfma "
+    "-mprefer-vector-width=512",
 }
 
 
@@ -86,7 +88,7 @@ def native_rules(build: Path, target: Path) -> str:
     lines += [f"  command = $cxx {flags} $isa -MMD -MF $out.d -c $in -o $out", "  depfile = $out.d", "  deps = gcc"]
     lines += ["rule link", "  command = $cxx -shared -pthread -Wl,-s $in -o $out"]
     objects = []
-    for source in [ROOT / "csrc/bindings.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]:
+    for source in [*sorted((ROOT / "csrc").glob("*.cpp")), *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]:
         isa = isa_of(source)
         if isa and not is_x86():
             continue
@@ -151,7 +153,7 @@ setup(
     package_dir={"fastsft.triton_kernels": "triton_kernels"},
     ext_modules=[
         # `depends` also puts the headers into the sdist.
-        Extension("fastsft._C", sources=files("*.cpp", "cpu/*.cpp"), depends=files("cpu/*.h")),
+        Extension("fastsft._C", sources=files("*.cpp", "cpu/*.cpp"), depends=files("*.h", "cpu/*.h")),
         Extension("fastsft._cuda", sources=files("cuda/*.cu"), depends=files("cuda/*.cuh")),
     ],
     cmdclass={"build_ext": NinjaBuild},

@@ -11,7 +11,20 @@ tensor([[12.],
 """
 
 from fastsft.ops._op import backend, backends
+from fastsft.ops._rows import FORMATS, Rows, decode_rows, encode_rows
 from fastsft.ops._sjlt import sjlt_table, sketch_matrix
 from fastsft.ops.influence_dot import InfluenceDot, document_grads, influence_dot
 
-__all__ = ["InfluenceDot", "backend", "backends", "document_grads", "influence_dot", "sjlt_table", "sketch_matrix"]
+__all__ = [
+    "FORMATS",
+    "InfluenceDot",
+    "Rows",
+    "backend",
+    "backends",
+    "decode_rows",
+    "document_grads",
+    "encode_rows",
+    "influence_dot",
+    "sjlt_table",
+    "sketch_matrix",
+]

@@ -69,22 +69,6 @@ class Problem:
         )
 
 
-def isas():
-    return _native.module().isa_names() if _native.why_absent() is None else ["base"]
-
-
-@pytest.fixture(params=isas())
-def isa(request):
-    """Each instruction set this machine runs."""
-    if _native.why_absent():
-        pytest.skip(_native.why_absent())
-    before = _native.module().isa()
-    _native.module().set_isa(request.param)
-    with ops.backend("cpp"):
-        yield request.param
-    _native.module().set_isa(before)
-
-
 @pytest.fixture
 def threads():
     before = torch.get_num_threads()
