@@ -15,5 +15,7 @@ T* pointer(uintptr_t address) {
 }
 
 void bind_influence_dot(pybind11::module_& m);
+void bind_sketch_matrix(pybind11::module_& m);
+void bind_store_topk(pybind11::module_& m);
 
 }  // namespace fastsft

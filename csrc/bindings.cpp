@@ -13,7 +13,7 @@
 namespace fastsft {
 namespace {
 
-constexpr int ABI_VERSION = 2;  // raise with every change of a signature in bind_*.cpp; fastsft/_native.py compares
+constexpr int ABI_VERSION = 3;  // raise with every change of a signature in bind_*.cpp; fastsft/_native.py compares
 
 const char* const NAMES[] = {"base", "avx2", "avx512", "avx512vnni"};
 
@@ -69,4 +69,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa_names", &isa_names, "The instruction sets this machine can run, slowest first.");
   m.def("set_isa", &set_isa, pybind11::arg("name"), "Use another instruction set; for tests and benchmarks.");
   bind_influence_dot(m);
+  bind_sketch_matrix(m);
+  bind_store_topk(m);
 }

@@ -4,7 +4,7 @@ import importlib
 from functools import cache
 from types import ModuleType
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 
 
 @cache

@@ -37,15 +37,20 @@ def _influence_dot_fwd_kernel(
     BLOCK_I: tl.constexpr,
 ):
     tile = tl.program_id(0).to(tl.int64)
-    group = tl.program_id(1).to(tl.int64)
+    group = tl.program_id(1).to(tl.int64)  # the document itself, where there are no sums
     tiles_i = tl.cdiv(I, BLOCK_I)
     rows = (tile // tiles_i) * BLOCK_O + tl.arange(0, BLOCK_O)  # [BLOCK_O]
     cols = (tile % tiles_i) * BLOCK_I + tl.arange(0, BLOCK_I)  # [BLOCK_I]
     inside = (rows < O)[:, None] & (cols < I)[None, :]
     at = rows[:, None] * I + cols[None, :]  # [BLOCK_O, BLOCK_I]
     total = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
-    for k in range(tl.load(group_offsets + group), tl.load(group_offsets + group + 1)):
-        document = tl.load(order + k)
+    begin_of, end_of = group, group + 1
+    if HAS_SUMS:
+        begin_of, end_of = tl.load(group_offsets + group), tl.load(group_offsets + group + 1)
+    for k in range(begin_of, end_of):
+        document = k
+        if HAS_SUMS:
+            document = tl.load(order + k)
         last = tl.load(offsets + document + 1)
         grad = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
         for begin in range(tl.load(offsets + document), last, BLOCK_T):
@@ -125,6 +130,11 @@ def blocks(num_outputs: int, num_inputs: int) -> tuple[int, int]:
     return 64, 64
 
 
+def block_t(num_outputs: int, num_inputs: int, element_size: int) -> int:
+    """Choose BLOCK_T: a LoRA layer is read at the memory's rate only if much of it is on its way at a time."""
+    return 256 // element_size if min(num_outputs, num_inputs) <= 16 else 32
+
+
 def influence_dot(
     x: torch.Tensor,
     dy: torch.Tensor,
@@ -139,9 +149,7 @@ def influence_dot(
     O, I, D = dy.shape[1], x.shape[1], offsets.shape[0] - 1
     A = 0 if targets is None else targets.shape[0]
     if sums is None or groups is None:
-        num_groups = D
-        order = torch.arange(D, device=x.device)
-        group_offsets = torch.arange(D + 1, device=x.device)
+        num_groups, order, group_offsets = D, None, None
     else:
         num_groups = sums.shape[0]
         order = torch.argsort(groups, stable=True)
@@ -149,7 +157,7 @@ def influence_dot(
         group_offsets = torch.searchsorted(groups[order].contiguous(), bounds)
     block_o, block_i = blocks(O, I)
     tiles = triton.cdiv(O, block_o) * triton.cdiv(I, block_i)
-    partial = torch.zeros(tiles, D, A, device=x.device)
+    partial = torch.empty(tiles, D, A, device=x.device)  # every document is in one group: all is written
     if tiles * num_groups:
         _influence_dot_fwd_kernel[(tiles, num_groups)](
             *(x, dy, offsets.contiguous(), order, group_offsets),
@@ -160,7 +168,7 @@ def influence_dot(
             HAS_SUMS=sums is not None,
             # The interpreter takes bfloat16 for the integers that hold it; compiled code does not need this.
             UPCAST=not x.is_cuda,
-            BLOCK_T=32,
+            BLOCK_T=block_t(O, I, x.element_size()),
             BLOCK_O=block_o,
             BLOCK_I=block_i,
         )

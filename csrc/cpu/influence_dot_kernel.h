@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "influence_dot.h"
+#include "sjlt.h"
 
 namespace fastsft {
 namespace {
@@ -33,15 +34,6 @@ inline float total(Vec v) {
   float sum = 0;
   for (int lane = 0; lane < LANES; ++lane) sum += v[lane];
   return sum;
-}
-
-inline uint32_t mix(uint32_t v) {
-  v ^= v >> 16;
-  v *= 0x7feb352du;
-  v ^= v >> 15;
-  v *= 0x846ca68bu;
-  v ^= v >> 16;
-  return v;
 }
 
 inline int at_most(int64_t value, int64_t limit) { return static_cast<int>(value < limit ? value : limit); }
@@ -166,16 +158,11 @@ void add_sketch(const float* tile, int rows, const uint32_t* buckets, const uint
   }
 }
 
-void hash_blocks(const InfluenceJob& job, const Unit& unit, uint32_t* buckets, uint32_t* twists) {
+void hash_unit(const InfluenceJob& job, const Unit& unit, uint32_t* buckets, uint32_t* twists) {
   const int64_t blocks_per_row = (job.x.cols + TILE - 1) / TILE;
-  const uint64_t bucket_blocks = static_cast<uint64_t>(job.sketch_size / TILE);
   for (int64_t row = 0; row < unit.row_tiles * TILE; ++row)
-    for (int64_t col = 0; col < unit.col_tiles; ++col) {
-      const int64_t block = (unit.row_tile * TILE + row) * blocks_per_row + unit.col_tile + col;
-      const uint32_t hash = mix(static_cast<uint32_t>(block) ^ job.seed);
-      buckets[row * unit.col_tiles + col] = static_cast<uint32_t>((hash * bucket_blocks) >> 32) * TILE;
-      twists[row * unit.col_tiles + col] = mix(hash + 0x9e3779b9u);
-    }
+    hash_blocks((unit.row_tile * TILE + row) * blocks_per_row + unit.col_tile, unit.col_tiles, job.seed, job.sketch_size,
+                buckets + row * unit.col_tiles, twists + row * unit.col_tiles);
 }
 
 }  // namespace
@@ -184,7 +171,7 @@ void UNIT_NAME(const InfluenceJob& job, const Unit& unit, int64_t first, int64_t
                const Scratch& scratch) {
   const int64_t O = job.dy.cols, I = job.x.cols;
   alignas(64) float tile[TILE * 2 * TILE];
-  if (job.sketch) hash_blocks(job, unit, scratch.buckets, scratch.twists);
+  if (job.sketch) hash_unit(job, unit, scratch.buckets, scratch.twists);
   for (int64_t d = first; d < last; ++d) {
     const int64_t begin = job.offsets[d], tokens = job.offsets[d + 1] - begin;
     const int64_t stride = panel_rows(tokens) * TILE;

@@ -3,8 +3,7 @@
 // values [T, A] contiguous, offsets [D + 1] nondecreasing, out [D, A]. One block per document and column: thread i adds
 // tokens i, i + THREADS, ... and a tree of fixed shape adds the threads up, so the bits depend on the input alone (an
 // atomic sum would not keep them).
-#include <cstdint>
-#include <cuda_runtime.h>
+#include "library.cuh"
 
 namespace {
 
@@ -30,14 +29,6 @@ __global__ void segment_sum_kernel(const float* values, const int64_t* offsets, 
 
 }  // namespace
 
-#define EXPORT extern "C" __attribute__((visibility("default")))
-
-// Raised with every change of a signature in csrc/cuda; fastsft/ops/_cuda.py compares.
-EXPORT int fastsft_cuda_abi_version() { return 1; }
-
-EXPORT const char* fastsft_cuda_error_string(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
-
-// Returns a cudaError_t.
 EXPORT int fastsft_segment_sum(const float* values, const int64_t* offsets, float* out, int64_t num_documents,
                                int64_t num_columns, void* stream) {
   if (num_documents == 0 || num_columns == 0) return cudaSuccess;

@@ -13,6 +13,6 @@ True
 
 from fastsft.capturing.documents import Documents
 from fastsft.capturing.hooks import Capture, Captured, capture
-from fastsft.capturing.layers import Layer, find_layers, layer_rule
+from fastsft.capturing.layers import EXTRAS, Layer, find_layers, layer_rule
 
-__all__ = ["Capture", "Captured", "Documents", "Layer", "capture", "find_layers", "layer_rule"]
+__all__ = ["EXTRAS", "Capture", "Captured", "Documents", "Layer", "capture", "find_layers", "layer_rule"]

@@ -1,4 +1,4 @@
-"""See each followed layer's input and output gradient during the backward pass, and change nothing."""
+"""See each followed layer's input and output gradient during the backward pass, and change nothing but on request."""
 
 from __future__ import annotations
 
@@ -12,90 +12,147 @@ from torch import Tensor, nn
 from fastsft import ops
 from fastsft.capturing.documents import Documents
 from fastsft.capturing.layers import Layer, find_layers
+from fastsft.capturing.replace import autocast_dtype, replace_forward, restore_forward, rounded
 
-Sink = Callable[[int, Tensor, Tensor, Documents], None]
+# (layer index, x [T,I], dy [T,O], documents) -> the weight's gradient [O,I], read with weight_grads="sink" only
+Sink = Callable[[int, Tensor, Tensor, Documents], Tensor | None]
+WeightGrads = Literal["autograd", "sink", "none"]
 
 
 class _Tap(torch.autograd.Function):
     """Identity on a layer's output whose backward shows (x, dy) to the capture.
 
     The input is a saved tensor of this node, so gradient checkpointing recomputes it as it does any other, and
-    it is seen once however often the forward pass runs.
+    it is seen once however often the forward pass runs. `anchor`, where given, makes the output require a gradient
+    although neither input nor weight does.
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, x: Tensor, capture: Capture, index: int) -> Tensor:
+    def forward(ctx: Any, output: Tensor, x: Tensor, anchor: Tensor | None, capture: Capture, index: int) -> Tensor:
         ctx.save_for_backward(x)
         ctx.capture, ctx.index = capture, index
-        device = output.device.type
-        ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        # under autocast a linear layer multiplied a rounded copy of x: the same rounding gives the same gradient
+        ctx.dtype = autocast_dtype(output.device) if capture.layers[index].kind == "linear" else None
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        # under autocast the layer multiplied a rounded copy of x: the same rounding gives the same gradient
-        ctx.capture._see(ctx.index, x if ctx.dtype is None else x.to(ctx.dtype), grads[0])
-        return grads[0], None, None, None
+        ctx.capture._see(ctx.index, rounded(x, ctx.dtype), grads[0])
+        return grads[0], None, None, None, None
 
 
 class Capture:
     """Follow the trainable linear layers of a model: `sink(layer_index, x [T,I], dy [T,O], documents)`.
 
-    Only forward and backward passes inside `batch(...)` are seen. Outputs and gradients are the same bits with
-    and without it.
+    Only forward and backward passes inside `batch(...)` are seen. weight_grads says who forms followed weights'
+    gradients meanwhile:
+
+    "autograd": autograd, as always. Outputs and gradients are the same bits as without a capture.
+    "sink": the sink returns them, as sums of the per-document products it formed anyway; autograd skips its own
+        dy^T x, a third of a step's arithmetic. Layers in `extra` keep autograd's.
+    "none": nobody; `.grad` of followed weights and their biases is left alone. For passes that only attribute.
+
+    extra: see `find_layers`. An embedding's sink gets its dy [T,H] as x and the ids [T] as dy.
     """
 
-    def __init__(self, model: nn.Module, *, sink: Sink | None = None) -> None:
-        self.layers: list[Layer] = find_layers(model)
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        sink: Sink | None = None,
+        weight_grads: WeightGrads = "autograd",
+        extra: Sequence[str] = (),
+    ) -> None:
+        if weight_grads not in ("autograd", "sink", "none"):
+            raise ValueError(f'`weight_grads` must be "autograd", "sink" or "none": got {weight_grads!r}.')
+        if weight_grads == "sink" and sink is None:
+            raise ValueError('weight_grads="sink" needs a `sink` that returns the gradients: got none.')
+        self.layers: list[Layer] = find_layers(model, extra)
         if not self.layers:
             raise ValueError(
                 f"{type(model).__name__} has no trainable linear layer to follow. "
                 f"Unfreeze some weights, or add adapters (peft.get_peft_model) before attaching."
             )
-        self.sink = sink
+        self.sink, self.weight_grads = sink, weight_grads
         self._documents: Documents | None = None
-        self._handles = [
-            layer.module.register_forward_hook(self._hook(index)) for index, layer in enumerate(self.layers)
-        ]
+        self._anchor = torch.zeros((), device=self.layers[0].weight.device, requires_grad=True)
+        self._replaced: list[Layer] = []
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        try:
+            for index in range(len(self.layers)):
+                self._follow(index)
+        except ValueError:
+            self.close()
+            raise
+
+    def _follow(self, index: int) -> None:
+        layer = self.layers[index]
+        if self.weight_grads == "sink" and layer.kind == "linear":
+            replace_forward(self, index)
+            self._replaced.append(layer)
+        else:
+            self._handles.append(layer.module.register_forward_hook(self._hook(index)))
 
     def _hook(self, index: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            if self._documents is None or not output.requires_grad:
+            if self._documents is None or not torch.is_grad_enabled():
                 return None
-            return _Tap.apply(output, inputs[0].detach(), self, index)
+            if self.weight_grads == "none":
+                return _Tap.apply(output, inputs[0].detach(), self._anchor, self, index)
+            return _Tap.apply(output, inputs[0].detach(), None, self, index) if output.requires_grad else None
 
         return hook
 
-    def _see(self, index: int, x: Tensor, dy: Tensor) -> None:
+    def _see(self, index: int, x: Tensor, dy: Tensor) -> Tensor | None:
         documents = self._documents
         if documents is None:
             raise RuntimeError(
                 "a backward pass reached a followed layer outside `capture.batch(...)`: call `loss.backward()` "
                 "inside the same `with` block as the forward pass."
             )
-        x2, dy2 = self.layers[index].factors(x, dy)
+        # a backward pass called inside autocast must not round what is summed here
+        with torch.autocast(dy.device.type, enabled=False):
+            return self._show(index, *self.layers[index].factors(x, dy, documents.num_tokens), documents)
+
+    def _show(self, index: int, x2: Tensor, dy2: Tensor, documents: Documents) -> Tensor | None:
         if len(x2) != documents.num_tokens:
             raise ValueError(
                 f"{self.layers[index].name} saw {len(x2)} tokens, the documents of this batch cover "
                 f"{documents.num_tokens}. Does something reshape the batch between the collator and the model?"
             )
-        if self.sink is not None:
-            self.sink(index, x2, dy2, documents)
+        return None if self.sink is None else self.sink(index, x2, dy2, documents)
+
+    @property
+    def is_seeing(self) -> bool:
+        """Whether a batch is open."""
+        return self._documents is not None
 
     @contextmanager
     def batch(self, documents: Documents) -> Iterator[None]:
         """See the forward and backward pass of one micro-batch made of these documents."""
+        frozen = self._freeze() if self.weight_grads == "none" else []
         self._documents = documents
         try:
             yield
         finally:
             self._documents = None
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+
+    def _freeze(self) -> list[nn.Parameter]:
+        parameters = [p for layer in self.layers for p in layer.module.parameters(recurse=False) if p.requires_grad]
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        return parameters
 
     def close(self) -> None:
+        """Leave every layer as it was found."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        for layer in self._replaced:
+            restore_forward(layer)
+        self._handles, self._replaced = [], []
 
 
 class Captured:

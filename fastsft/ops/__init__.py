@@ -12,19 +12,26 @@ tensor([[12.],
 
 from fastsft.ops._op import backend, backends
 from fastsft.ops._rows import FORMATS, Rows, decode_rows, encode_rows
-from fastsft.ops._sjlt import sjlt_table, sketch_matrix
+from fastsft.ops._sjlt import sjlt_table
 from fastsft.ops.influence_dot import InfluenceDot, document_grads, influence_dot
+from fastsft.ops.sample_grad_project import sample_grad_project
+from fastsft.ops.sketch_matrix import sketch_matrix
+from fastsft.ops.store_topk import TopK, merge_topk, store_topk
 
 __all__ = [
     "FORMATS",
     "InfluenceDot",
     "Rows",
+    "TopK",
     "backend",
     "backends",
     "decode_rows",
     "document_grads",
     "encode_rows",
     "influence_dot",
+    "merge_topk",
+    "sample_grad_project",
     "sjlt_table",
     "sketch_matrix",
+    "store_topk",
 ]

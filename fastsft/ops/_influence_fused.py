@@ -12,7 +12,7 @@ from fastsft import _native
 from fastsft.ops._op import Implementation, Op, why_no_cpp, why_no_triton
 from fastsft.ops._register import register
 from fastsft.ops._rules import check_groups, check_offsets
-from fastsft.ops._sjlt import sketch_matrix
+from fastsft.ops._sjlt import sketch_by_table
 
 
 class Job(NamedTuple):
@@ -48,7 +48,7 @@ def materialise(x: Tensor, dy: Tensor, offsets: Tensor) -> Tensor:
 def _add_sketches(job: Job, grads: Tensor) -> None:
     """Add the sketches of gradients that are preconditioned already."""
     if job.sketch is not None:
-        job.sketch.add_(sketch_matrix(grads, job.sketch.shape[1], job.seed))
+        job.sketch.add_(sketch_by_table(grads, job.sketch.shape[1], job.seed))
 
 
 def _reference(job: Job) -> Tensor:
@@ -99,11 +99,21 @@ def _triton(job: Job) -> Tensor:
     from fastsft.triton_kernels import influence_dot as kernels
 
     if job.sketch is not None:
-        grads = materialise(job.x, job.dy, job.offsets)
-        _add_sketches(job, grads if job.precondition is None else grads * job.precondition)
+        _sketch_on_cuda(job, job.sketch)
     if job.targets is None and job.sums is None:
         return job.x.new_zeros(job.offsets.shape[0] - 1, 0, dtype=torch.float32)
     return kernels.influence_dot(*job[:7])
+
+
+def _sketch_on_cuda(job: Job, sketch: Tensor) -> None:
+    from fastsft.ops import _cuda, _project_cuda
+    from fastsft.ops._project_sjlt import Job as ProjectJob
+
+    if _cuda.why_no_library() is None:
+        _project_cuda.add_sjlt(ProjectJob(job.x, job.dy, job.offsets, "sjlt", job.precondition, None, sketch, job.seed))
+        return
+    grads = materialise(job.x, job.dy, job.offsets)
+    _add_sketches(job, grads if job.precondition is None else grads * job.precondition)
 
 
 _OP = Op(
@@ -116,7 +126,7 @@ _OP = Op(
             device="cuda",
             run=_triton,
             why_absent=why_no_triton,
-            note="scores and sums; sketches are taken from document_grads by a table, in torch",
+            note="scores and sums; sketches as sample_grad_project, or by a table in torch where cuda was not built",
         ),
     ],
 )

@@ -8,8 +8,11 @@ torch.compile does not look.
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 Targets = Tensor | tuple[Tensor, Tensor]
+# Offsets on CUDA that were checked: their version then, and T.
+_checked: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def check_tokens(x: Tensor, dy: Tensor, offsets: Tensor) -> None:
@@ -53,9 +56,11 @@ def check_one_device(x: Tensor, **others: Tensor | None) -> None:
             raise ValueError(f"`{name}` must be on the device of `x`, {x.device}: it is on {tensor.device}.")
 
 
-def buffer_for(name: str, buffer: Tensor | None, shape: tuple[int, ...], x: Tensor) -> Tensor:
+def buffer_for(
+    name: str, buffer: Tensor | None, shape: tuple[int, ...], x: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
     """Return a buffer of zeros, or the one given if it can be added to in place."""
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = dtype or torch.promote_types(x.dtype, torch.float32)
     if buffer is None:
         return x.new_zeros(shape, dtype=wide)
     if buffer.shape != shape or buffer.dtype != wide or buffer.device != x.device or not buffer.is_contiguous():
@@ -84,9 +89,16 @@ def sums_for(
 
 
 def check_offsets(offsets: Tensor, tokens: int) -> None:
-    """Refuse offsets that point outside. On CUDA nobody waits for the answer: the device stops at the next call."""
+    """Refuse offsets that point outside. On CUDA nobody waits for the answer: the device stops at the next call.
+
+    The layers of a model share their offsets, which are checked once: that takes as long as a LoRA layer's scores.
+    """
+    if _checked.get(offsets) == (offsets._version, tokens):
+        return
     good = (offsets[1:] >= offsets[:-1]).all() & (offsets[0] >= 0) & (offsets[-1] <= tokens)
     _require(good, f"`offsets` must not decrease, from 0 at least to T={tokens} at most", offsets)
+    if offsets.is_cuda:
+        _checked[offsets] = (offsets._version, tokens)
 
 
 def check_groups(groups: Tensor | None, num_groups: int) -> None:

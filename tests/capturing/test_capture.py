@@ -8,32 +8,8 @@ from torch import nn
 
 import fastsft
 from fastsft.capturing import Capture, Documents, capture, find_layers
-from tests.attribution._support import VOCABULARY, loss_of, make_rows, tiny_model, trainable
-
-
-def _sum_loss(model: nn.Module, ids: torch.Tensor, labels: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
-    logits = model(input_ids=ids, use_cache=False, **inputs).logits[:, :-1]
-    return nn.functional.cross_entropy(
-        logits.reshape(-1, VOCABULARY), labels[:, 1:].reshape(-1), ignore_index=-100, reduction="sum"
-    )
-
-
-def _one_by_one(model: nn.Module, rows: list) -> list[dict[str, torch.Tensor]]:
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    found = []
-    for row in rows:
-        loss = _sum_loss(model, torch.tensor([row.input_ids]), torch.tensor([row.labels]))
-        grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-        found.append({name: grad for name, grad in zip(named, grads, strict=True) if grad is not None})
-    return found
-
-
-def _padded(rows: list) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    width = max(len(row.input_ids) for row in rows)
-    ids = torch.tensor([row.input_ids + [0] * (width - len(row.input_ids)) for row in rows])
-    labels = torch.tensor([row.labels + [-100] * (width - len(row.labels)) for row in rows])
-    mask = torch.tensor([[1] * len(row.labels) + [0] * (width - len(row.labels)) for row in rows])
-    return ids, labels, mask
+from tests.attribution._support import loss_of, make_rows, tiny_model, trainable
+from tests.capturing._support import one_by_one, padded, sum_loss
 
 
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["float64", "float32"])
@@ -55,13 +31,13 @@ def test_document_grads_equal_one_backward_a_document(
             labels = torch.tensor([[t for row in rows for t in row.labels] + [-100] * 3])
             positions = torch.tensor([[p for row in rows for p in range(len(row.input_ids))] + [0, 1, 2]])
             with captured.batch(lengths=lengths, row_length=size):
-                _sum_loss(model, ids, labels, position_ids=positions).backward()
+                sum_loss(model, ids, labels, position_ids=positions).backward()
         else:
-            ids, labels, mask = _padded(rows)
+            ids, labels, mask = padded(rows)
             with captured.batch(rows=tuple(ids.shape)):
-                _sum_loss(model, ids, labels, attention_mask=mask).backward()
+                sum_loss(model, ids, labels, attention_mask=mask).backward()
         grads = captured.document_grads()
-    expected = _one_by_one(model, rows)
+    expected = one_by_one(model, rows)
     assert set(grads) >= {name for name in expected[0] if "proj" in name}
     for name, grad in grads.items():
         truth = torch.stack([each[name] for each in expected])
@@ -74,9 +50,9 @@ def test_document_grads_equal_one_backward_a_document(
 def test_influence_equals_dot_products_with_the_gradients() -> None:
     model = tiny_model(lora=True)
     rows = make_rows(4, source="blue", seed=2)
-    ids, labels, mask = _padded(rows)
+    ids, labels, mask = padded(rows)
     with capture(model) as captured, captured.batch(rows=tuple(ids.shape)):
-        _sum_loss(model, ids, labels, attention_mask=mask).backward()
+        sum_loss(model, ids, labels, attention_mask=mask).backward()
     grads = captured.document_grads()
     targets = {name: torch.randn(2, *grad.shape[1:], dtype=torch.float64) for name, grad in grads.items()}
     expected = sum(torch.einsum("doi,aoi->da", grad, targets[name]) for name, grad in grads.items())
@@ -90,7 +66,7 @@ def test_influence_equals_dot_products_with_the_gradients() -> None:
 @pytest.mark.parametrize("reentrant", [None, False, True], ids=["no checkpointing", "non-reentrant", "reentrant"])
 def test_capture_is_exact_under_gradient_checkpointing(reentrant: bool | None) -> None:
     rows = make_rows(4, source="blue", seed=2)
-    ids, labels, mask = _padded(rows)
+    ids, labels, mask = padded(rows)
     found = []
     for how in (None, reentrant):
         model = tiny_model(lora=True)
@@ -99,7 +75,7 @@ def test_capture_is_exact_under_gradient_checkpointing(reentrant: bool | None) -
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable({"use_reentrant": how})
         with capture(model) as captured, captured.batch(rows=tuple(ids.shape)):
-            _sum_loss(model, ids, labels, attention_mask=mask).backward()
+            sum_loss(model, ids, labels, attention_mask=mask).backward()
         found.append(captured.document_grads())
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])

@@ -12,7 +12,7 @@ kernels = pytest.importorskip(
     "fastsft.triton_kernels.influence_dot", reason="fastsft is not installed: pip install -e .", exc_type=ImportError
 )
 
-FUSED = {"HAS_TARGETS": True, "HAS_PRECONDITION": True, "HAS_SUMS": True, "UPCAST": False, "BLOCK_T": 32}
+FUSED = {"HAS_TARGETS": True, "HAS_PRECONDITION": True, "HAS_SUMS": True, "UPCAST": False}
 TOKENS = {"BLOCK_T": 64}
 
 
@@ -53,7 +53,8 @@ def compile_for(capability, kernel, signature_of_data, constants):
 @pytest.mark.parametrize(("outputs", "inputs"), [(16, 4096), (4096, 16), (4096, 4096)])
 def test_compiles_ahead_of_time(outputs, inputs, capability, data):
     block_o, block_i = kernels.blocks(outputs, inputs)
-    tiles = {"BLOCK_O": block_o, "BLOCK_I": block_i}
+    block_t = kernels.block_t(outputs, inputs, 2 if data == "bf16" else 4)
+    tiles = {"BLOCK_O": block_o, "BLOCK_I": block_i, "BLOCK_T": block_t}
     token_tiles = {"BLOCK_O": min(block_o, 64), "BLOCK_I": min(block_i, 64)}
     for kernel, constants in (
         (kernels._influence_dot_fwd_kernel, FUSED | tiles),
@@ -67,7 +68,7 @@ def test_compiles_ahead_of_time(outputs, inputs, capability, data):
 
 def test_a_side_of_one_compiles():
     # Triton takes an argument that is 1 for a constant, which has no methods of a tensor.
-    constants = FUSED | {"O": 1, "I": 1, "A": 1, "BLOCK_O": 16, "BLOCK_I": 128}
+    constants = FUSED | {"O": 1, "I": 1, "A": 1, "BLOCK_T": 64, "BLOCK_O": 16, "BLOCK_I": 128}
     assert compile_for(90, kernels._influence_dot_fwd_kernel, "fp32", constants).asm["cubin"]
     constants = TOKENS | {"O": 1, "I": 1, "A": 1, "BLOCK_O": 16, "BLOCK_I": 64}
     assert compile_for(90, kernels._influence_dot_tokens_fwd_kernel, "fp32", constants).asm["cubin"]

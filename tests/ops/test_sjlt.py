@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastsft import ops
+from fastsft.ops import _sjlt
 
 
 def mix(v):
@@ -15,8 +16,8 @@ def mix(v):
 
 
 def place_and_sign(row, col, cols, size, seed):
-    block = row * ((cols + 15) // 16) + col // 16
-    h = mix(block ^ seed)
+    high, low = divmod(row * ((cols + 15) // 16) + col // 16, 2**32)
+    h = mix(low ^ seed ^ mix(high))
     g = mix((h + 0x9E3779B9) % 2**32)
     q = (col % 16 - (g & 15)) % 16
     return (h * (size // 16) >> 32) * 16 + q, -1 if g >> (8 + q) & 1 else 1
@@ -28,6 +29,29 @@ def test_table_is_the_definition(shape, seed):
     index, sign = ops.sjlt_table(shape, 112, seed)
     expected = [place_and_sign(o, i, shape[1], 112, seed) for o in range(shape[0]) for i in range(shape[1])]
     assert list(zip(index.tolist(), sign.tolist(), strict=True)) == expected
+
+
+# Three blocks a row: block 2^32 falls within a row; then blocks of 2^33 and more, up to what int64 has room for.
+@pytest.mark.parametrize("first_row", [2**32 // 3 - 1, 2**33 // 3, 2**45 + 7, 2**61])
+def test_table_is_the_definition_past_32_bits(first_row):
+    index, sign = ops.sjlt_table((3, 40), 112, 77, first_row=first_row)
+    expected = [place_and_sign(first_row + o, i, 40, 112, 77) for o in range(3) for i in range(40)]
+    assert list(zip(index.tolist(), sign.tolist(), strict=True)) == expected
+
+
+def test_blocks_2_to_32_apart_are_hashed_apart():
+    near, far = (ops.sjlt_table((1, 1600), 4096, 0, first_row=row) for row in (0, 2**40))
+    assert not torch.equal(near[0], far[0])
+    # Bucket and rotation agree by chance only.
+    assert (near[0] == far[0]).float().mean() < 0.05
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**32 - 1])
+def test_derived_seeds_are_numbers_of_their_own(seed):
+    assert _sjlt.derived_seed(seed, 3) == mix(seed ^ mix(3))
+    derived = {_sjlt.derived_seed(seed, salt) for salt in range(1, 100)} | {seed}
+    assert len(derived) == 100
+    assert all(0 <= number < 2**32 for number in derived)
 
 
 def test_mix_is_pinned():

@@ -1,5 +1,7 @@
 """Specs: equal ones hash alike, layers apart, and bad ones are refused."""
 
+import json
+
 import pytest
 import torch
 
@@ -29,9 +31,33 @@ def test_sketches_of_a_layer_keep_inner_products_in_the_mean() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
-    [({"kind": "dense"}, "must be 'sjlt'"), ({"size": 100}, "multiple of 16"), ({"size": 0}, "16")],
+    ("options", "error", "words"),
+    [
+        ({"kind": "dense"}, ValueError, "must be one of 'sjlt', 'factored', 'kronecker': got 'dense'"),
+        ({"size": 100}, ValueError, "multiple of 16"),
+        ({"size": 0}, ValueError, "16"),
+        ({"size": 64.0}, ValueError, "16"),
+        ({"seed": "1"}, TypeError, "whole number"),
+        ({"precondition": "sgd"}, ValueError, "None, 'adam' or 'ekfac': got 'sgd'"),
+        ({"extra": "norm"}, ValueError, "must be a tuple of 'embedding' and 'norm': got 'norm'"),
+        ({"extra": ("norm", "norm")}, ValueError, "tuple"),
+        ({"extra": ("bias",)}, ValueError, "tuple"),
+        ({"kind": "kronecker", "size": 48}, ValueError, "power of two"),
+        ({"kind": "factored", "precondition": "adam"}, ValueError, "which kind 'factored' gives up"),
+        ({"kind": "kronecker", "extra": ("norm",)}, ValueError, "which kind 'kronecker' gives up"),
+        ({"precondition": "ekfac", "extra": ("embedding",)}, ValueError, "use precondition 'adam'"),
+    ],
 )
-def test_bad_specs_are_refused(options: dict, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+def test_bad_specs_are_refused(options: dict, error: type, words: str) -> None:
+    with pytest.raises(error, match=words):
         SketchSpec(**options)
+
+
+def test_a_spec_goes_through_json_and_nothing_else_does() -> None:
+    spec = SketchSpec(size=64, seed=3, precondition="adam", extra=("norm", "embedding"))
+    assert SketchSpec.from_dict(json.loads(json.dumps(spec.as_dict()))) == spec
+    fields = SketchSpec().as_dict()
+    with pytest.raises(ValueError, match=r"missing \['size'\], unknown \['width'\]"):
+        SketchSpec.from_dict({"width" if key == "size" else key: value for key, value in fields.items()})
+    with pytest.raises(ValueError, match="must be one of"):
+        SketchSpec.from_dict({**fields, "kind": "dense"})

@@ -1,0 +1,3 @@
+#define LANES 4
+#define BLOCKS_NAME sketch_blocks_base
+#include "sketch_matrix_kernel.h"
