@@ -37,3 +37,72 @@ INFLUENCE_DOT = (
     InfluenceCase(name="lora_a_2048_rank_8", inputs=2048, outputs=8),
     InfluenceCase(name="full_512", inputs=512, outputs=512),
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SketchCase:
+    """Matrices that exist, to be sketched; a flat vector is a matrix of one row."""
+
+    name: str
+    matrices: int
+    rows: int
+    cols: int
+    dtype: str = "float32"
+    sketch_size: int = 4096
+
+    @property
+    def shape(self) -> str:
+        return f"B{self.matrices} O{self.rows} I{self.cols} K{self.sketch_size}"
+
+
+SKETCH_MATRIX = (
+    SketchCase(name="flat_1m", matrices=4, rows=1, cols=1 << 20),
+    SketchCase(name="flat_1m_bf16", matrices=4, rows=1, cols=1 << 20, dtype="bfloat16"),
+    SketchCase(name="lora_a_2048", matrices=8, rows=16, cols=2048),
+    SketchCase(name="lora_b_2048_rank_8", matrices=8, rows=2048, cols=8),
+    SketchCase(name="full_512", matrices=8, rows=512, cols=512),
+    SketchCase(name="rows_of_tokens", matrices=2048, rows=1, cols=512, sketch_size=256),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectCase:
+    """One layer's share of sample_grad_project in a training step."""
+
+    name: str
+    inputs: int
+    outputs: int
+    tokens: int = 2048
+    lengths: tuple[int, ...] = (256,) * 8
+    sketch_size: int = 4096
+
+    @property
+    def shape(self) -> str:
+        even = "even" if len(set(self.lengths)) == 1 else "uneven"
+        return f"T{self.tokens} D{len(self.lengths)} ({even}) I{self.inputs} O{self.outputs} K{self.sketch_size}"
+
+
+SAMPLE_GRAD_PROJECT = (
+    ProjectCase(name="full_512", inputs=512, outputs=512),
+    ProjectCase(name="mlp_512_1408", inputs=512, outputs=1408),
+    ProjectCase(name="lora_a_2048", inputs=2048, outputs=16),
+    ProjectCase(name="lora_b_2048", inputs=16, outputs=2048),
+    ProjectCase(name="full_512_packed", inputs=512, outputs=512, lengths=PACKED),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreCase:
+    """A store in memory that is scanned for the best rows."""
+
+    name: str
+    rows: int
+    size: int
+    queries: tuple[int, ...] = (1, 16, 64)
+    k: int = 10
+
+
+STORE_TOPK = (
+    StoreCase(name="100k_x_1024", rows=100_000, size=1024),
+    StoreCase(name="25k_x_4096", rows=25_000, size=4096),
+)

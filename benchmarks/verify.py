@@ -33,10 +33,10 @@ def main() -> None:
         importlib.import_module(f"benchmarks.ops.bench_{arguments.op}").race(arguments.device), arguments.device
     )
     for row in rows:
+        yardstick = f"  torch.mm's rate: {row['at_mm_rate_ms']:.3f} ms" if "at_mm_rate_ms" in row else ""
         print(
-            f"{row['case']:20} {row['mode']:12} {row['provider']:12} {row['median_ms']:9.3f} ms "
-            f"[{row['p20_ms']:.3f}, {row['p80_ms']:.3f}]  {row['ratio_to_reference']:.2f} of reference  "
-            f"torch.mm's rate: {row['at_mm_rate_ms']:.3f} ms"
+            f"{row['case']:20} {row['mode']:16} {row['provider']:16} {row['median_ms']:9.3f} ms "
+            f"[{row['p20_ms']:.3f}, {row['p80_ms']:.3f}]  {row['ratio_to_reference']:.2f} of reference{yardstick}"
         )
     if arguments.out:
         write_rows(arguments.out, rows)

@@ -1,0 +1,1 @@
+"""Rivals, each in an environment of its own: `python -m benchmarks.rivals.run bergson`."""

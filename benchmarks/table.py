@@ -1,0 +1,132 @@
+"""Write README's benchmark tables from committed rows: `python -m benchmarks.table [--readme FILE]`.
+
+A table stands between `<!-- table:NAME -->` and `<!-- /table -->`; NAME is aims, rivals or gpu. Only rows in
+benchmarks/results/ are read: aims_cpu.jsonl, rivals_*.jsonl with system_index_build_cpu.jsonl, gpu_*.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import ROOT
+
+RESULTS = ROOT / "benchmarks" / "results"
+NOT_MEASURED = "Not measured.\n"
+_TABLE = re.compile(r"(<!-- table:(\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+
+Row = dict[str, Any]
+
+
+def read_rows(results: Path, pattern: str) -> list[Row]:
+    """Read the rows of every file of that name, in order of names."""
+    return [json.loads(line) for path in sorted(results.glob(pattern)) for line in path.read_text().splitlines()]
+
+
+def markdown(head: list[str], lines: Iterable[list[str]]) -> str:
+    table = [head, ["---"] * len(head), *lines]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in table)
+
+
+def signature(rows: list[Row]) -> str:
+    """Say where and with what the rows of a table were measured, each machine once."""
+    places = sorted({f"{row['machine']}; torch {row['versions']['torch']}; {row['date']}" for row in rows})
+    return "".join(f"\nMeasured on {place}.\n" for place in places)
+
+
+def number(value: float | None, unit: str = "") -> str:
+    if value is None:
+        return ""
+    return f"{value:.0f} {unit}" if unit else f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
+
+
+def aims_table(results: Path) -> str:
+    """Every aim: what, against what, the ratio with its 20th and 80th percentile, the aim, and whether it was met."""
+    rows = read_rows(results, "aims_cpu.jsonl")
+    if not rows:
+        return NOT_MEASURED
+    lines = []
+    for row in rows:
+        unit = row["unit"]
+        spread = f"{number(row['ratio'], unit)} ({number(row['p20'], unit)} to {number(row['p80'], unit)})"
+        met = {None: "", True: "met", False: "**not met**"}[row["met"]]
+        lines.append([row["what"], row["against"], spread, number(row["aim"], unit), met])
+    return markdown(["what", "against", "ratio", "aim", ""], lines) + signature(rows)
+
+
+def rivals_table(results: Path) -> str:
+    """Index builds of ourselves and rivals as ratios to the same training step, and scans to the same torch scan."""
+    ours = read_rows(results, "system_index_build_cpu.jsonl")
+    rivals = read_rows(results, "rivals_*.jsonl")
+    if not rivals:
+        return NOT_MEASURED
+    lines = []
+    for row in sorted([*ours, *rivals], key=lambda row: (row["case"], row.get("shape", ""))):
+        name = row.get("rival", row["provider"])
+        if "error" in row:
+            lines.append([row["case"], name, f"does not run here: {row['error']}", "", "", ""])
+            continue
+        label = row.get("what", row["provider"])
+        if row["case"] == "scan":
+            ratios = [number(row["to_torch_bf16"]["ratio"]), ""]
+            label = f"{row['provider']}, {row['shape']}"
+        else:
+            ratios = [number(row["to_sorted_step"]["ratio"]), number(row["to_random_step"]["ratio"])]
+        extra = row.get("extra_peak_mib")
+        stored = row.get("bytes_a_sample")
+        lines.append([row["case"], label, *ratios, number(extra, "MiB"), "" if stored is None else f"{stored} B"])
+    head = ["case", "provider", "to the sorted step (scan: to torch bf16)", "to the random-order step"]
+    return markdown([*head, "extra peak memory", "bytes a sample"], lines) + signature([*ours, *rivals])
+
+
+def gpu_table(results: Path) -> str:
+    """Races of operators on a GPU, every provider."""
+    rows = read_rows(results, "gpu_*.jsonl")
+    if not rows:
+        return NOT_MEASURED
+    lines = [
+        [
+            row["op"],
+            f"{row['case']} {row.get('mode', '')}".strip(),
+            row["provider"],
+            f"{row['median_ms']:.3f} ms",
+            number(row.get("ratio_to_reference")),
+        ]
+        for row in rows
+    ]
+    return markdown(["operator", "case", "provider", "median", "ratio to reference"], lines) + signature(rows)
+
+
+TABLES: dict[str, Callable[[Path], str]] = {"aims": aims_table, "rivals": rivals_table, "gpu": gpu_table}
+
+
+def rewrite(text: str, results: Path = RESULTS) -> str:
+    """Put each marked table's present contents into `text`; what is outside markers stays as it is."""
+
+    def table(match: re.Match[str]) -> str:
+        opening, name, closing = match.groups()
+        if name not in TABLES:
+            raise ValueError(f"there is no table {name!r}: the markers know {', '.join(TABLES)}.")
+        return f"{opening}{TABLES[name](results)}{closing}"
+
+    if text.count("<!-- table:") != len(_TABLE.findall(text)):
+        raise ValueError("a `<!-- table:NAME -->` line has no `<!-- /table -->` after it: close it.")
+    return _TABLE.sub(table, text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write README's tables from the committed rows.")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    args = parser.parse_args()
+    text = args.readme.read_text()
+    if "<!-- table:" not in text:
+        raise SystemExit(f"{args.readme} marks no table: add `<!-- table:aims -->` and `<!-- /table -->` lines.")
+    args.readme.write_text(rewrite(text))
+
+
+if __name__ == "__main__":
+    main()
