@@ -48,6 +48,7 @@ def _take(
     query,
     is_row,
     is_query,
+    thresholds,
     keys,
     counts,
     groups,
@@ -73,8 +74,7 @@ def _take(
             tl.store(to[None, :] + k + row[:, None], key, mask=inside)
         else:
             # An equal score of a later row does not enter.
-            last_best = (tl.load(to + k - 1, is_query, 0) >> 32).to(tl.int32)
-            enters = inside & (bits > last_best[None, :])
+            enters = inside & (bits > tl.load(thresholds + sign * Q + query, is_query, 0)[None, :])
             # Over both axes at once: two nested sums fail to compile for sm_100 in Triton 3.7.1.
             if tl.sum(enters.to(tl.int32)) != 0:
                 counter = counts + list_of[None, :] + tl.zeros([row.shape[0], 1], tl.int64)
@@ -95,6 +95,7 @@ def _store_topk_fwd_kernel(
     queries,  # bfloat16 [Q, K], int8 [Q, K], or int8 [8, Q, W] for bits
     steps,  # [Q, M] of the quantised queries
     query_sums,  # int32 [Q, M] of the quantised queries, for bits
+    thresholds,  # int32 [2, Q]: the ordered bits of the k-th best score before this stretch
     keys,  # int64 [2, Q, k + C]: of the best before this stretch, best first, and then of its candidates
     counts,  # int32 [2, Q]
     groups,  # [N]
@@ -160,7 +161,7 @@ def _store_topk_fwd_kernel(
             scale = tl.load(scales + row * M + m, is_row, 0.0)
             step = tl.load(steps + query * M + m, is_query, 0.0)
             score += whole.to(tl.float32) * (scale[:, None] * step[None, :])
-    _take(score, row, query, is_row, is_query, keys, counts, groups, partial, Q, k, C, tile, G, ALL)
+    _take(score, row, query, is_row, is_query, thresholds, keys, counts, groups, partial, Q, k, C, tile, G, ALL)
 
 
 @triton.jit
@@ -168,6 +169,7 @@ def _store_topk_scored_kernel(
     dots,  # float32 [n, Q], or int32 [M, n, Q] of integers
     scales,
     steps,
+    thresholds,
     keys,
     counts,
     groups,
@@ -205,12 +207,15 @@ def _store_topk_scored_kernel(
                 scale = tl.load(scales + row * M + m, is_row, 0.0)
                 step = tl.load(steps + query * M + m, is_query, 0.0)
                 score += whole.to(tl.float32) * (scale[:, None] * step[None, :])
-        _take(score, row, query, is_row, is_query, keys, counts, groups, partial, Q, k, C, tile, G, ALL)
+        _take(score, row, query, is_row, is_query, thresholds, keys, counts, groups, partial, Q, k, C, tile, G, ALL)
 
 
 @triton.jit
-def _rank_kernel(keys, out, size, k, out_size, BLOCK: tl.constexpr, SIZE: tl.constexpr):
-    """Write the k greatest of each list keys [lists, size] to the front of out [lists, out_size], greatest first."""
+def _rank_kernel(keys, out, thresholds, size, k, out_size, BLOCK: tl.constexpr, SIZE: tl.constexpr):
+    """Write the k greatest of each list keys [lists, size] to the front of out [lists, out_size], greatest first.
+
+    thresholds [lists] gets the upper half of the last of them, and is left as it is where there are fewer.
+    """
     list_of = tl.program_id(0).to(tl.int64)
     mine = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     every = tl.arange(0, SIZE)
@@ -219,7 +224,9 @@ def _rank_kernel(keys, out, size, k, out_size, BLOCK: tl.constexpr, SIZE: tl.con
     # Keys are distinct; only those of nothing are equal, and they are not written. A list's are in its last places.
     if tl.max(key, 0) != -(1 << 63):
         rank = tl.sum((other[None, :] > key[:, None]).to(tl.int32), 1)
-        tl.store(out + list_of * out_size + rank, key, mask=(key != -(1 << 63)) & (rank < k))
+        is_key = key != -(1 << 63)
+        tl.store(out + list_of * out_size + rank, key, mask=is_key & (rank < k))
+        tl.store(thresholds + list_of + tl.zeros([BLOCK], tl.int32), (key >> 32).to(tl.int32), is_key & (rank == k - 1))
 
 
 @triton.jit
@@ -294,6 +301,7 @@ class _Scan:
         # Bits would have to be written out as bytes for a product of torch's.
         self.fused = tile is not None or self.Q <= FEW_QUERIES or format == "1bit"
         self.tile = tile or tiles(format, self.Q)
+        self.thresholds: torch.Tensor | None = None
         self.no = torch.zeros((), dtype=torch.bool, device=data.device)
         self.sums: torch.Tensor | None = None
         self.scan_bits = None
@@ -324,6 +332,8 @@ class _Scan:
             first = stretches[-1][1]
             stretches.append((first, min(self.N, first + max(most, growth * first))))
         rooms = [min(most, last - first) for first, last in stretches]
+        # Under every score. Apart from the keys, which lie far from each other: each tile reads all of them.
+        self.thresholds = torch.full((2, self.Q), -(1 << 31), dtype=torch.int32, device=device)
         counts = torch.zeros(len(rooms), 2, self.Q, dtype=torch.int32, device=device)
         keys = torch.full((2, self.Q, self.k + rooms[0]), NO_KEY, device=device)
         for number, (first, last) in enumerate(stretches):
@@ -338,10 +348,11 @@ class _Scan:
         out = torch.full((2, self.Q, self.k + room), NO_KEY, device=keys.device)
         if size > RANKED:
             out[..., : self.k] = keys.topk(self.k, dim=2).values
+            self.thresholds = (out[..., self.k - 1] >> 32).to(torch.int32)
             return out
         grid = (2 * self.Q, triton.cdiv(size, 32))
         width = max(32, triton.next_power_of_2(size))
-        _rank_kernel[grid](keys, out, size, self.k, self.k + room, BLOCK=32, SIZE=width)
+        _rank_kernel[grid](keys, out, self.thresholds, size, self.k, self.k + room, BLOCK=32, SIZE=width)
         return out
 
     def answer(self, keys: torch.Tensor, first_row: int):
@@ -355,7 +366,7 @@ class _Scan:
     def stretch(self, keys, counts, room: int, first: int, last: int) -> None:
         if self.scan_bits is not None:
             planes = self.planes.transpose(0, 1).contiguous()
-            rest = (self.steps, self.query_sums, keys, counts, self.k, room)
+            rest = (self.steps, self.query_sums, self.thresholds, keys, counts, self.k, room)
             self.scan_bits(self.data, self.scales, planes, *rest, first, last)
             return
         if self.fused:
@@ -387,7 +398,7 @@ class _Scan:
         num_tiles = triton.cdiv(last - first, self.tile["BLOCK_N"])
         partial = self.partial(num_tiles)
         _store_topk_fwd_kernel[(num_tiles, triton.cdiv(self.Q, self.tile["BLOCK_Q"]))](
-            *(self.data, self.scales, self.planes, self.steps, self.query_sums, keys, counts),
+            *(self.data, self.scales, self.planes, self.steps, self.query_sums, self.thresholds, keys, counts),
             *(self.groups, partial, self.Q, self.k, room, self.W, first, last),
             G=self.G,
             M=self.M,
@@ -407,7 +418,7 @@ class _Scan:
         grid = (triton.cdiv(last - first, block_n * num_tiles), triton.cdiv(self.Q, 64))
         partial = self.partial(grid[0] * num_tiles)
         _store_topk_scored_kernel[grid](
-            *(dots, self.scales, self.steps, keys, counts),
+            *(dots, self.scales, self.steps, self.thresholds, keys, counts),
             *(self.groups, partial, self.Q, self.k, room, dots.shape[-1], first, last),
             G=self.G,
             M=self.M,

@@ -13,11 +13,12 @@ constexpr int MOST = 4;  // rows of a warp for one query: eight sums each are ke
 constexpr unsigned ALL = 0xffffffffu;
 
 struct Bits {
-  const uint2* rows;           // [N, units] of 64 bits
+  const uint4* rows;           // [N, units] of 128 bits
   const float* scales;         // [N]
-  const uint2* queries;        // int8 [QUERIES, 8 planes, units * 8]
+  const uint4* queries;        // int8 [QUERIES, 8 planes, units * 16]
   const float* steps;          // [QUERIES]
   const int32_t* query_sums;   // [QUERIES]
+  const int32_t* thresholds;   // [2, QUERIES]
   int64_t* keys;               // [2, QUERIES, k + room]: the best before, and the candidates
   int32_t* counts;             // [2, QUERIES]
   int64_t k, room, units, first, last;
@@ -48,7 +49,7 @@ __device__ __forceinline__ int32_t dot(uint32_t a, uint32_t b, int32_t acc) {
 template <int QUERIES>
 __global__ void __launch_bounds__(THREADS, 2) store_topk_bits_kernel(const Bits job) {
   constexpr int ROWS = MOST / QUERIES;
-  extern __shared__ uint2 numbers[];  // [QUERIES, 8, units]
+  extern __shared__ uint4 numbers[];  // [QUERIES, 8, units]
   for (int64_t i = threadIdx.x; i < QUERIES * 8 * job.units; i += THREADS) numbers[i] = job.queries[i];
   __syncthreads();
   const int lane = threadIdx.x % 32;
@@ -62,7 +63,7 @@ __global__ void __launch_bounds__(THREADS, 2) store_topk_bits_kernel(const Bits 
     const int list = sign * QUERIES + query;
     lists[sign].keys = job.keys + list * (job.k + job.room) + job.k;
     lists[sign].count = job.counts + list;
-    lists[sign].threshold = static_cast<int32_t>(lists[sign].keys[-1] >> 32);
+    lists[sign].threshold = job.thresholds[list];
   }
   const float step = job.steps[query];
   const int32_t query_sum = job.query_sums[query];
@@ -71,20 +72,21 @@ __global__ void __launch_bounds__(THREADS, 2) store_topk_bits_kernel(const Bits 
     const bool is_mine = lane < ROWS * QUERIES && this_row < job.last;
     const float scale = is_mine ? job.scales[this_row] : 0.0f;
     int32_t sum[ROWS][QUERIES][8] = {};
-#pragma unroll 2
     for (int64_t unit = lane; unit < job.units; unit += 32) {
-      uint2 bits[ROWS];
+      uint4 bits[ROWS];
 #pragma unroll
       for (int r = 0; r < ROWS; ++r) bits[r] = job.rows[min(row + r, job.last - 1) * job.units + unit];
 #pragma unroll
       for (int plane = 0; plane < 8; ++plane)
 #pragma unroll
         for (int q = 0; q < QUERIES; ++q) {
-          const uint2 number = numbers[(q * 8 + plane) * job.units + unit];
+          const uint4 number = numbers[(q * 8 + plane) * job.units + unit];
 #pragma unroll
           for (int r = 0; r < ROWS; ++r) {
             sum[r][q][plane] = dot(bits[r].x & (0x01010101u << plane), number.x, sum[r][q][plane]);
             sum[r][q][plane] = dot(bits[r].y & (0x01010101u << plane), number.y, sum[r][q][plane]);
+            sum[r][q][plane] = dot(bits[r].z & (0x01010101u << plane), number.z, sum[r][q][plane]);
+            sum[r][q][plane] = dot(bits[r].w & (0x01010101u << plane), number.w, sum[r][q][plane]);
           }
         }
     }
@@ -110,7 +112,7 @@ __global__ void __launch_bounds__(THREADS, 2) store_topk_bits_kernel(const Bits 
 
 template <int QUERIES>
 cudaError_t launch(const Bits& job, cudaStream_t stream) {
-  const size_t shared = static_cast<size_t>(QUERIES) * 8 * job.units * sizeof(uint2);
+  const size_t shared = static_cast<size_t>(QUERIES) * 8 * job.units * sizeof(uint4);
   cudaError_t error = cudaFuncSetAttribute(store_topk_bits_kernel<QUERIES>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                            static_cast<int>(shared));
   if (error != cudaSuccess) return error;
@@ -121,14 +123,14 @@ cudaError_t launch(const Bits& job, cudaStream_t stream) {
 
 }  // namespace
 
-// Offers the rows first <= n < last to the lists of num_queries (1, 2 or 4) queries.
+// Offers the rows first <= n < last, each a multiple of 16 bytes, to the lists of num_queries (1, 2 or 4) queries.
 EXPORT int fastsft_store_topk_bits(const void* rows, const float* scales, const void* queries, const float* steps,
-                                   const int32_t* query_sums, int64_t* keys, int32_t* counts,
+                                   const int32_t* query_sums, const int32_t* thresholds, int64_t* keys, int32_t* counts,
                                    int64_t num_queries, int64_t k, int64_t room, int64_t row_bytes, int64_t first, int64_t last,
                                    void* stream_handle) {
   if (first >= last) return cudaSuccess;
-  const Bits job = {static_cast<const uint2*>(rows), scales, static_cast<const uint2*>(queries), steps, query_sums, keys,
-                    counts, k, room, row_bytes / 8, first, last};
+  const Bits job = {static_cast<const uint4*>(rows), scales, static_cast<const uint4*>(queries), steps, query_sums, thresholds,
+                    keys, counts, k, room, row_bytes / 16, first, last};
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_handle);
   if (num_queries == 1) return launch<1>(job, stream);
   if (num_queries == 2) return launch<2>(job, stream);

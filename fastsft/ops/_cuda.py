@@ -25,7 +25,7 @@ def _library() -> ctypes.CDLL:
         *(size, size, size, size, size, ctypes.c_uint32, pointer),
     ]
     library.fastsft_count_sketch_signs.argtypes = [pointer, flag, size, size, ctypes.c_uint32, pointer]
-    library.fastsft_store_topk_bits.argtypes = [*(pointer,) * 7, *(size,) * 6, pointer]
+    library.fastsft_store_topk_bits.argtypes = [*(pointer,) * 8, *(size,) * 6, pointer]
     library.fastsft_cuda_error_string.restype = ctypes.c_char_p
     return library
 
@@ -112,6 +112,7 @@ def store_topk_bits(
     planes: Tensor,
     steps: Tensor,
     query_sums: Tensor,
+    thresholds: Tensor,
     keys: Tensor,
     counts: Tensor,
     k: int,
@@ -121,13 +122,13 @@ def store_topk_bits(
 ) -> None:
     """Append to the candidates of triton_kernels/store_topk.py those of rows first <= n < last of bits, M = 1.
 
-    data uint8 [N, W], planes int8 [Q, 8, W] with Q among BITS_QUERIES, keys int64 [2, Q, k + room], counts int32
-    [2, Q].
+    data uint8 [N, W], W a multiple of 16, planes int8 [Q, 8, W] with Q among BITS_QUERIES, thresholds int32 [2, Q],
+    keys int64 [2, Q, k + room], counts int32 [2, Q].
     """
     with torch.cuda.device(data.device):
         stream = torch.cuda.current_stream().cuda_stream
         error = _library().fastsft_store_topk_bits(
-            *(t.data_ptr() for t in (data, scales, planes, steps, query_sums, keys, counts)),
+            *(t.data_ptr() for t in (data, scales, planes, steps, query_sums, thresholds, keys, counts)),
             *(planes.shape[0], k, room, data.shape[1], first, last, stream),
         )
     _check("store_topk", error)

@@ -113,6 +113,7 @@ def _fits_bits_kernel(numbers: Tensor, rows: Rows, groups: Tensor | None) -> boo
         and groups is None
         and numbers.shape[0] in _cuda.BITS_QUERIES
         and rows.data.shape[1] <= _cuda.BITS_BYTES
+        and rows.data.shape[1] % 16 == rows.data.data_ptr() % 16 == 0
         and _cuda.why_no_library() is None
     )
 

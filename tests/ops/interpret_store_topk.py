@@ -48,8 +48,11 @@ def test_the_best_of_a_list_come_first(size, k):
     work = kernels._Scan("int8", data, torch.ones(1, 1), queries, torch.ones(2, 1), k, None, 0, SMALL)
     keys = torch.randperm(4 * size).view(2, 2, size).contiguous()
     keys[1, 1, :] = kernels.NO_KEY
+    work.thresholds = torch.full((2, 2), -1, dtype=torch.int32)
+    keys[:, 0] <<= 32
     best = work.best(keys, 3)
     assert torch.equal(best[..., :k], keys.sort(dim=2, descending=True).values[..., :k])
+    assert torch.equal(work.thresholds[:, 0], (best[:, 0, k - 1] >> 32).int())
     assert (best[..., k:] == kernels.NO_KEY).all()
 
 

@@ -162,6 +162,25 @@ def test_streaming_equals_one_call(format, pieces, device):
     torch.testing.assert_close(result.sums, whole.sums, **near)
 
 
+@pytest.mark.parametrize("num_queries", [1, 2, 3, 4, 40])
+@pytest.mark.parametrize("format", ops.FORMATS)
+def test_long_scans_equal_the_reference(format, num_queries, device):
+    # On CUDA: several stretches, the kernel for bits at 1, 2 and 4 queries, and products by torch at 40.
+    generator = torch.Generator().manual_seed(3)
+    sketches = torch.randn(5003, 256, generator=generator)
+    if format != "bf16":
+        sketches[4000:4100] = sketches[:100]  # ties; sums of floats round by place
+    rows = ops.encode_rows(sketches, format)
+    queries = torch.randn(num_queries, 256, generator=generator)
+    with ops.backend("reference"):
+        truth = ops.store_topk(queries, rows, 7)
+    rows = ops.Rows(format, rows.data.to(device), None if rows.scales is None else rows.scales.to(device))
+    found = ops.store_topk(queries.to(device), rows, 7)
+    assert found.largest_rows.tolist() == truth.largest_rows.tolist()
+    assert found.smallest_rows.tolist() == truth.smallest_rows.tolist()
+    torch.testing.assert_close(found.largest.cpu(), truth.largest, rtol=0, atol=0 if format != "bf16" else NEAR)
+
+
 def test_merge_takes_results_in_any_order(device):
     queries, rows, _ = problem("int8", 90, 3, device=device)
     rows.data[30:60], rows.scales[30:60] = rows.data[60:], rows.scales[60:]  # ties between the parts

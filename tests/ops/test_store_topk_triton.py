@@ -13,7 +13,14 @@ kernels = pytest.importorskip(
 )
 
 STORED = {"bf16": "*bf16", "int8": "*i8", "1bit": "*u8"}
-INTEGERS = {"query_sums": "*i32", "counts": "*i32", "groups": "*i64", "keys": "*i64", "rows": "*i64"}
+INTEGERS = {
+    "query_sums": "*i32",
+    "thresholds": "*i32",
+    "counts": "*i32",
+    "groups": "*i64",
+    "keys": "*i64",
+    "rows": "*i64",
+}
 SIZES = {"Q": "i32", "k": "i32", "C": "i32", "W": "i32", "stride": "i32", "size": "i64", "first": "i64", "last": "i64"}
 
 
