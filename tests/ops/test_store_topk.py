@@ -178,7 +178,7 @@ def test_long_scans_equal_the_reference(format, num_queries, device):
     found = ops.store_topk(queries.to(device), rows, 7)
     assert found.largest_rows.tolist() == truth.largest_rows.tolist()
     assert found.smallest_rows.tolist() == truth.smallest_rows.tolist()
-    torch.testing.assert_close(found.largest.cpu(), truth.largest, rtol=0, atol=0 if format != "bf16" else NEAR)
+    torch.testing.assert_close(found.largest.cpu(), truth.largest, rtol=0, atol=0 if format != "bf16" else 3 * NEAR)
 
 
 def test_merge_takes_results_in_any_order(device):
