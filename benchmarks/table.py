@@ -84,21 +84,27 @@ def rivals_table(results: Path) -> str:
 
 
 def gpu_table(results: Path) -> str:
-    """Races of operators on a GPU, every provider."""
+    """Every GPU case: median, floor and share of it, ratio to the step it is part of, aim, and whether it was met."""
     rows = read_rows(results, "gpu_*.jsonl")
     if not rows:
         return NOT_MEASURED
-    lines = [
-        [
-            row["op"],
-            f"{row['case']} {row.get('mode', '')}".strip(),
-            row["provider"],
-            f"{row['median_ms']:.3f} ms",
-            number(row.get("ratio_to_reference")),
-        ]
-        for row in rows
-    ]
-    return markdown(["operator", "case", "provider", "median", "ratio to reference"], lines) + signature(rows)
+    lines = []
+    for row in rows:
+        details = [str(row[key]) for key in ("format", "dtype") if key in row]
+        details += [f"Q={row['queries']}"] if "queries" in row else []
+        aim, limit, value = "", row.get("aim_ms") or row.get("aim"), row["median_ms"]
+        if row.get("aim"):
+            aim, value = f"{limit:.2f} of the step", row["ratio"]
+        elif limit:
+            aim = f"{limit:.2f} ms"
+        met = "" if not limit else "met" if value <= limit else "**not met**"
+        floor, share = row.get("floor_ms"), row.get("share_of_floor")
+        spread = f"{row['median_ms']:.3f} ms ({row['p20_ms']:.3f} to {row['p80_ms']:.3f})"
+        of_floor = "" if floor is None else f"{floor:.3f} ms, {100 * share:.0f} %"
+        ratio = f"{row['ratio']:.3f}" if "ratio" in row else ""
+        lines.append([" ".join([row["case"], *details]), row["provider"], spread, of_floor, ratio, aim, met])
+    head = ["case", "provider", "median", "floor, share reached", "of the layer's step", "aim", ""]
+    return markdown(head, lines) + signature(rows)
 
 
 TABLES: dict[str, Callable[[Path], str]] = {"aims": aims_table, "rivals": rivals_table, "gpu": gpu_table}
