@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from fastsft.record import Record
     from fastsft.report import write_report
     from fastsft.train.attach import attach
+    from fastsft.train.attribute import attribute, attribute_model
     from fastsft.train.config import load_config
     from fastsft.train.followed import Run
     from fastsft.train.loop import run
+    from fastsft.train.query import search_store
 
 _HOMES = {
     "Attribution": "fastsft.attribution",
@@ -29,9 +31,12 @@ _HOMES = {
     "Run": "fastsft.train",
     "Targets": "fastsft.attribution",
     "attach": "fastsft.train",
+    "attribute": "fastsft.train",
+    "attribute_model": "fastsft.train",
     "capture": "fastsft.capturing",
     "load_config": "fastsft.train",
     "run": "fastsft.train",
+    "search_store": "fastsft.train",
     "write_report": "fastsft.report",
 }
 __all__ = [
@@ -41,9 +46,12 @@ __all__ = [
     "Run",
     "Targets",
     "attach",
+    "attribute",
+    "attribute_model",
     "capture",
     "load_config",
     "run",
+    "search_store",
     "write_report",
 ]
 

@@ -3,6 +3,8 @@
 import ast
 import json
 import shutil
+import subprocess
+import sys
 
 import click
 import pytest
@@ -12,13 +14,45 @@ from typer.testing import CliRunner
 import fastsft
 from fastsft import cli, ops
 from fastsft.record import Record
+from fastsft.store import Store
+from fastsft.train import FinishedRun
+from fastsft.train.loop import prepare
 from tests.train._run_file import write_run_file
 
 COMMANDS = {
+    "attribute": [
+        "--checkpoint",
+        "--damping",
+        "--explain",
+        "--format",
+        "--help",
+        "--loss",
+        "--max-tokens",
+        "--out",
+        "--packing",
+        "--precondition",
+        "--resume",
+        "--root",
+        "--seed",
+        "--size",
+        "run_dir",
+    ],
     "demo": ["--explain", "--help", "--out", "--quick", "--seed"],
     "doctor": ["--explain", "--help"],
     "report": ["--explain", "--help", "--open", "--pictures", "run_dir"],
     "run": ["--explain", "--help", "--resume", "--root", "config"],
+    "search": [
+        "--by-source",
+        "--each",
+        "--explain",
+        "--help",
+        "--json",
+        "--query",
+        "--root",
+        "--run",
+        "--top",
+        "store",
+    ],
 }
 
 
@@ -60,6 +94,28 @@ def test_commands_and_options_are_frozen():
         (["report", "runs/a"], ["write_report('runs/a')"]),
         (["report", "runs/a", "--pictures", "p"], ["write_report('runs/a')", "write_pictures('runs/a', 'p')"]),
         (["doctor"], ["print(ops.backends())"]),
+        (
+            ["attribute", "runs/a", "--checkpoint", "100", "--root", "r"],
+            [
+                "fastsft.attribute('runs/a', checkpoint=100, out=None, format='int8', size=4096, precondition='ekfac', "
+                "loss='sum', packing=False, max_tokens=4096, resume=False, seed=0, damping=0.1, root='r')"
+            ],
+        ),
+        (
+            ["attribute", "runs/a", "--checkpoint", "all", "--precondition", "none", "--format", "1bit", "--resume"],
+            [
+                "for step in fastsft.train.FinishedRun.open('runs/a').steps:\n"
+                "    fastsft.attribute('runs/a', checkpoint=step, out=None, format='1bit', size=4096, "
+                "precondition=None, loss='sum', packing=False, max_tokens=4096, resume=True, seed=0, damping=0.1)"
+            ],
+        ),
+        (
+            ["search", "s", "--query", "q.jsonl", "--top", "3", "--each", "--by-source", "--run", "runs/a"],
+            [
+                "found = fastsft.search_store('s', 'q.jsonl', top=3, each=True, run='runs/a')",
+                "print('\\n'.join(fastsft.train.answer_lines(found, by_source=True)))",
+            ],
+        ),
     ],
     ids=lambda each: " ".join(each) if each and " " not in each[0] else "",
 )
@@ -107,6 +163,50 @@ def test_run_trains_reports_and_resumes(tmp_path):
     result = call("run", path, "--root", tmp_path, "--resume")
     assert result.exit_code == 0, result.output
     assert [event["step"] for event in Record.open(tmp_path / "out").events("step")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_attribute_and_search_after_a_run(tmp_path):
+    path = write_run_file(tmp_path, sections={"train": {"steps": 6, "save_every": 3}, "attribution": {"store": True}})
+    assert call("run", path, "--root", tmp_path).exit_code == 0
+    result = call("attribute", tmp_path / "out", "--size", 512, "--checkpoint", "all")
+    assert result.exit_code == 0, result.output
+    store = tmp_path / "out/store/checkpoint-6"
+    assert f"store: {store}, 36 sketches of 512 numbers, int8" in result.output
+    assert "store/checkpoint-3" in result.output
+    assert_one_sentence(call("attribute", tmp_path / "out"), "holds a store already", "choose another `out`")
+    assert_one_sentence(call("attribute", tmp_path / "out", "--checkpoint", "all", "--out", "s"), "Leave it out")
+
+    query = tmp_path / "clouds.jsonl"
+    for place, rows in ((store, 36), (tmp_path / "out/store/training", 24)):
+        result = call("search", place, "--query", query, "--top", 2, "--by-source", "--json", tmp_path / "found.json")
+        assert result.exit_code == 0, result.output
+        assert f"{place}: {rows} rows" in result.output
+        found = json.loads((tmp_path / "found.json").read_text())
+        [answer] = found["answers"]
+        assert [len(answer[side]) for side in ("helpful", "harmful")] == [2, 2]
+        assert answer["helpful"][0]["score"] > 0 > answer["harmful"][0]["score"]
+        assert answer["helpful"][0]["id"] in result.output
+        assert max(answer["by_source"], key=lambda name: answer["by_source"][name]["mean"]) == "clouds"
+
+    explained = call("search", store, "--query", query, "--top", 2, "--explain").output
+    printed = subprocess.run([sys.executable, "-c", explained], capture_output=True, text=True, check=True, timeout=120)
+    assert f"{store}: 36 rows" in printed.stdout
+    assert "most harmful" in printed.stdout
+    explained = call("attribute", tmp_path / "out", "--out", tmp_path / "s", "--size", 64, "--explain").output
+    subprocess.run([sys.executable, "-c", explained], capture_output=True, check=True, timeout=120)
+    assert len(Store.open(tmp_path / "s")) == 36
+
+    for option, value, words in (
+        ("--size", 100, "multiple of 16"),
+        ("--damping", 0, "above 0"),
+        ("--max-tokens", 0, ""),
+    ):
+        assert_one_sentence(call("attribute", tmp_path / "out", "--out", tmp_path / "new", option, value), words)
+    assert_one_sentence(call("search", store, "--query", query, "--top", 5000), "`top` must be from 1 to 4096")
+    weights = tmp_path / "out/checkpoints/checkpoint-6/adapter_model.safetensors"
+    weights.write_bytes(weights.with_name("optimizer.pt").read_bytes())
+    assert_one_sentence(call("search", store, "--query", query), "their digests differ")
+    assert_one_sentence(call("search", tmp_path / "absent", "--query", query), "is not a store")
 
 
 def test_what_a_user_can_mend_is_one_sentence(tmp_path):
@@ -157,6 +257,9 @@ def test_demo_runs_end_to_end_and_finds_what_was_planted(tmp_path):
         explained = sum(entry["by_source"].values()) + entry["decay"] + entry["unfollowed"]
         assert abs(entry["measured"] - explained - entry["residual"]) < 1e-6
         assert abs(entry["measured"]) > 1e-3  # it did learn or forget something
+    finished = FinishedRun.open(out)  # its data and base model are kept with it
+    prepared = prepare(finished.config, finished.load(finished.checkpoint())[1], finished.root)
+    assert {row.id for row in prepared.rows} >= set(Record.open(out).samples()["id"].to_pylist())
     planted = summary["planted"]
     print({name: planted[name] for name in planted if "auc" in name})
     assert planted["harmful_auc"] > planted["random_auc"] + 0.1

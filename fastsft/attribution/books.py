@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from fastsft.attribution.ledger import Entry, Ledger
 from fastsft.attribution.optimizer import rule_of
 from fastsft.attribution.ranks import rank
 from fastsft.attribution.settings import Attribution
+from fastsft.attribution.step_store import StepSketches, StepStore, training_settings
 from fastsft.attribution.targets import Targets, TargetState
 from fastsft.capturing import Capture, Documents
 from fastsft.record import SCHEMA, Record, versions
@@ -88,6 +90,7 @@ class Books:
         self.journal = Journal(record, self.sources, targets.abilities, self.layout.device)
         self._last_refresh = step
         self._resumed = False
+        self.store: StepStore | None = None  # opened by the first refresh
         self._early: tuple[Tensor, ...] | None = None  # booked to samples after the last interval was closed
         self.own_seconds = self.refresh_seconds = 0.0
         self._began = time.perf_counter()
@@ -101,7 +104,6 @@ class Books:
         parameters = list(self.model.parameters())
         group = self.optimizer.param_groups[0]
         plain = {key: value for key, value in group.items() if isinstance(value, int | float | str | bool | tuple)}
-        name = getattr(getattr(self.model, "config", None), "name_or_path", "") or type(self.model).__name__
         start = {
             "event": "start",
             "step": self.step,
@@ -114,7 +116,7 @@ class Books:
             "optimizer": {"name": type(self.optimizer).__name__, **plain},
             "method": "lora" if hasattr(self.model, "peft_config") else "full",
             "model": {
-                "name": self.details.get("model", name),
+                "name": self._model_name,
                 "parameters": sum(p.numel() for p in parameters),
                 "trainable": sum(p.numel() for p in parameters if p.requires_grad),
             },
@@ -125,6 +127,11 @@ class Books:
             },
         }
         self.journal.write([start])
+
+    @property
+    def _model_name(self) -> str:
+        name = getattr(getattr(self.model, "config", None), "name_or_path", "") or type(self.model).__name__
+        return str(self.details.get("model", name))
 
     # seeing
 
@@ -285,6 +292,7 @@ class Books:
         entries: dict[str, Entry] = {}
         events = self.journal.flush()
         self.start()
+        self._store_sketches()
         if self.state is not None:
             columns, total, wide = self._close_samples(state, settle)
             if self._early is not None:
@@ -318,6 +326,50 @@ class Books:
         if self.settings.samples:
             self.samples.begin(state.gradient)
         return entries
+
+    def _store_sketches(self) -> None:
+        """Hand the sketches of the steps since the last refresh to the store."""
+        if not self.settings.store:
+            return
+        if self.store is None:
+            self.store = self._open_store()
+        self.store.append(
+            [
+                StepSketches(
+                    step, sketches, batch.samples, [self.sources[n] for n in batch.sources.tolist()], batch.lengths
+                )
+                for step, batch, sketches in self.samples.take_sketches()
+            ]
+        )
+
+    def _open_store(self) -> StepStore:
+        layers = self.capture.layers
+        exact = [layer.name for layer, booked in zip(layers, self.layout.is_exact, strict=True) if booked]
+        if not exact:
+            raise ValueError(
+                "`store` keeps sketches of exactly followed layers, and `narrow` and `exact` leave none: let them take "
+                "in more, or leave `store` out."
+            )
+        settings = training_settings(
+            size=self.settings.sketch_size,
+            seed=self.settings.seed,
+            format=self.settings.store_format,
+            adam=isinstance(self.optimizer, torch.optim.Adam),
+            sources=self.sources,
+            name=self._model_name,
+            about={
+                "run": os.path.join("..", ".."),
+                "optimizer": type(self.optimizer).__name__,
+                "layers": exact,
+                "layers_followed": len(layers),
+            },
+        )
+        folder = self.record.out / "store" / "training"
+        store = StepStore(folder, settings, resume_at=self.step if self._resumed else None)
+        if store.is_late:
+            text = f"the store of sketches begins after step {self.step}: the run kept none before."
+            self.journal.write([{"event": "note", "step": self.step, "text": text}])
+        return store
 
     def _close_samples(self, state: TargetState, settle: bool) -> tuple[list[Columns], Tensor, Tensor]:
         if not self.settings.samples:
@@ -361,17 +413,21 @@ class Books:
         self.close()
 
     def close(self) -> None:
-        """Take all hooks off the model and the optimizer."""
+        """Take all hooks off the model and the optimizer, and finish the store."""
         self.capture.close()
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        if self.store is not None:
+            self.store.close()
 
     # resuming
 
     def state_dict(self) -> dict[str, Any]:
         """What a resume needs beside the trainer's own checkpoint. The interval is closed first."""
         self.refresh(settle=True)
+        if self.store is not None:
+            self.store.save()
         moment = self.ledger.moment.clone()
         if dist.is_initialized():
             dist.all_reduce(moment)

@@ -114,6 +114,7 @@ class SampleBook:
         self._basis: dict[int, _Basis] = {}
         self._window: list[_Seen] = []
         self._open: list[_Step] = []
+        self._sketched: list[tuple[int, Batch, Tensor]] = []  # step, batch, [D, K] of the steps taken, for the store
 
     # what the backward pass shows
 
@@ -217,6 +218,8 @@ class SampleBook:
                 else:
                     self._project(seen, index, x, dy)
             seen.waiting = []
+            if self.settings.store:
+                self._sketched.append((step, seen.batch, scale * self._sketch_of(seen)))
         slots = [self.layout.layer_slots[index] for index in self._exact]
         echo, pace = self.rule.echo(), self.rule.pace(self.layout.slots[0].group)
         self._open.append(
@@ -238,6 +241,21 @@ class SampleBook:
             )
         )
         self._window = []
+
+    def _sketch_of(self, seen: _Seen) -> Tensor:
+        """The sketches [D, K] that the backward pass made, or else those of the gradients it left."""
+        if seen.sketch is not None:
+            return seen.sketch
+        sketch = self.layout.zeros(len(seen.batch.documents), self.settings.sketch_size)
+        for index, grads in seen.grads.items():
+            root = self._scales[index].sqrt()
+            sketch += ops.sketch_matrix(grads, sketch.shape[1], self._seeds[index], precondition=root)
+        return sketch
+
+    def take_sketches(self) -> list[tuple[int, Batch, Tensor]]:
+        """Hand over step, batch and sketches [D, K] of the micro-batches since the last call."""
+        taken, self._sketched = self._sketched, []
+        return taken
 
     def _read_scales(self) -> None:
         self._scales, self._roots, self._rooted = {}, {}, {}

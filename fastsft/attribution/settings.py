@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+FORMATS = ("bf16", "int8", "1bit")
 FACTORS = ("previous", "exact", "jacobian")
 
 
@@ -36,6 +37,10 @@ class Attribution:
     rank: int = 16
     # numbers per sample that carry the end-of-interval correction; 0 for none
     sketch_size: int = 4096
+    # also keep every sample's sketch of its step in RUN/store/training, `sketch_size` numbers each, to search later
+    store: bool = False
+    # "bf16", "int8" or "1bit"
+    store_format: str = "int8"
     # padded tokens of a target batch
     target_batch_tokens: int = 4096
     seed: int = 0
@@ -52,6 +57,13 @@ class Attribution:
             raise ValueError(f"`residual_bound` must be positive: got {self.residual_bound}.")
         if self.tokens and not self.samples:
             raise ValueError("`tokens` needs `samples: true`.")
+        if self.store_format not in FORMATS:
+            raise ValueError(f"`store_format` must be one of {', '.join(FORMATS)}: got {self.store_format!r}.")
+        if self.store and not (self.samples and self.sketch_size):
+            raise ValueError(
+                f"`store` keeps the sketches of samples, so it needs `samples: true` and a `sketch_size` above 0: got "
+                f"samples={self.samples}, sketch_size={self.sketch_size}."
+            )
         if self.exact is not None:
             try:
                 re.compile(self.exact)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ def attach(
     *,
     out: str | Path,
     settings: Attribution | None = None,
+    store: bool = False,
     samples: SampleTable | None = None,
     details: Mapping[str, Any] | None = None,
 ) -> Run:
@@ -34,7 +36,9 @@ def attach(
 
     targets: {ability: held-out rows}, each row {prompt, response}, {messages: [...]}, or {input_ids, labels}.
     out: the run directory, new (or the one a resumed training wrote). Sources and ids come from the columns `source`
-    and `id` of the training set where it has them. Call it last, when dataset, collator and optimizer settings stand.
+    and `id` of the training set where it has them. store: also keep a sketch of every sample and step in
+    OUT/store/training, to search later (`fastsft search`). Call it last, when dataset, collator and optimizer
+    settings stand.
 
     Training gives the same weights, to the bit, with and without it. Raises ValueError where the trainer can't be
     followed: a streaming dataset, torch.compile, DataParallel, sharded weights; when training begins, an optimizer
@@ -52,6 +56,7 @@ def attach(
     if (out / "record.jsonl").exists():
         Record.open(out)  # another schema is refused before anything is trained
     settings, details = settings or Attribution(), dict(details or {})
+    settings = replace(settings, store=settings.store or store)
     table = samples or table_of_dataset(trainer.train_dataset, decoder(trainer))
     measured, notes = read_targets(trainer, targets, settings)
     details["notes"] = [*details.get("notes", []), *notes]

@@ -126,24 +126,15 @@ def parse_config(raw: object) -> RunConfig:
         raise ConfigError(f"the key `{missing[0]}` is missing.")
     sources = {str(name): _section(value, SourceConfig, f"sources.{name}") for name, value in _named(raw, "sources")}
     targets = {str(name): _section(value, SourceConfig, f"targets.{name}") for name, value in _named(raw, "targets")}
-    attribution = raw.get("attribution") or {}
-    if isinstance(attribution, Mapping) and attribution.get("store"):
-        raise ConfigError("attribution.store: this version keeps no store of sketches yet; leave the key out.")
     return RunConfig(
         model=str(raw["model"]),
         sources=sources,
         targets=targets,
         out=str(raw["out"]),
         train=_section(raw.get("train") or {}, TrainConfig, "train"),
-        attribution=_section(_without_store(attribution), Attribution, "attribution"),
+        attribution=_section(raw.get("attribution") or {}, Attribution, "attribution"),
         mix=_section(raw.get("mix") or {}, MixConfig, "mix"),
     )
-
-
-def _without_store(attribution: object) -> object:
-    if not isinstance(attribution, Mapping):
-        return attribution
-    return {key: value for key, value in attribution.items() if key != "store"}
 
 
 def _named(raw: Mapping[str, Any], key: str) -> list[tuple[str, Any]]:
@@ -183,7 +174,7 @@ def _check_types(value: Mapping[str, Any], kind: type[Any], place: str) -> None:
 
 
 def _check_keys(value: Mapping[Any, Any], kind: type[Any], prefix: str) -> None:
-    known = [f.name for f in dataclasses.fields(kind)] + (["store"] if kind is Attribution else [])
+    known = [f.name for f in dataclasses.fields(kind)]
     for key in value:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.4)

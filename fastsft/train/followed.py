@@ -136,8 +136,14 @@ class Run:
         names = [self.table.ids[number] for number in numbers]
         sources = [self.table.sources[number] for number in numbers]
         place = {"row_length": shape[1]} if packed else {"rows": (shape[0], shape[1])}
-        with self.books.batch(samples=names, sources=sources, lengths=lengths, **place):
-            loss = step(model, inputs, *rest, **named)
+        try:
+            with self.books.batch(samples=names, sources=sources, lengths=lengths, **place):
+                loss = step(model, inputs, *rest, **named)
+        except BaseException:
+            # a run that is interrupted in a notebook can be resumed there
+            if self.books.store is not None:
+                self.books.store.abandon()
+            raise
         self.books.add_loss(loss)
         return loss
 

@@ -63,7 +63,9 @@ def run(config: RunConfig, *, root: Path | None = None, resume: bool = False) ->
             f"write its page with `fastsft report {out}`."
         )
     model, tokenizer = load_model(config.model, root)
-    return fine_tune(config, prepare(config, tokenizer, root), model, tokenizer, out=out, checkpoint=checkpoint)
+    prepared = prepare(config, tokenizer, root)
+    home = None if root is None else root.resolve()
+    return fine_tune(config, prepared, model, tokenizer, out=out, checkpoint=checkpoint, root=home)
 
 
 def load_model(name: str, root: Path | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -131,8 +133,12 @@ def fine_tune(
     *,
     out: Path,
     checkpoint: Path | None = None,
+    root: Path | None = None,
 ) -> Run:
-    """Fine-tune `model` on prepared rows with the books kept, then write the report."""
+    """Fine-tune `model` on prepared rows with the books kept, then write the report.
+
+    root: where the relative paths of `config` start, for the run's config.yaml; a relative one starts at `out`.
+    """
     if checkpoint is None:
         Record.create(out)
     trainer = make_trainer(config, prepared.rows, model, tokenizer, out)
@@ -147,7 +153,7 @@ def fine_tune(
     )
     main = trainer.is_world_process_zero()
     if main:
-        resolved = {**config.as_dict(), "versions": versions()}
+        resolved = {**config.as_dict(), "versions": versions(), "root": None if root is None else str(root)}
         write_text(out / "config.yaml", yaml.safe_dump(resolved, sort_keys=False))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if main:
@@ -156,13 +162,13 @@ def fine_tune(
 
 
 def make_trainer(
-    config: RunConfig, rows: Sequence[Row], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path
+    config: RunConfig, rows: Sequence[Row], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, out: Path
 ) -> Trainer:
     """A plain transformers Trainer for the run file: LoRA by PEFT or all weights, padded or packed batches."""
     from transformers import Trainer, TrainingArguments
 
     train = config.train
-    if train.method == "lora":
+    if train.method == "lora" and not hasattr(model, "peft_config"):
         from peft import LoraConfig, get_peft_model
 
         torch.manual_seed(train.seed)
@@ -199,14 +205,20 @@ def make_trainer(
     dataset: RowDataset | PackedDataset = RowDataset(rows)
     if train.packing:
         dataset = PackedDataset(rows, pack(rows, train.max_length, seed=train.seed))
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad_id = 0 if tokenizer is None else padding_id(tokenizer)
     return Trainer(
         model=model,
         args=args,
         train_dataset=dataset,
-        data_collator=Padding(int(pad_id), train.max_length if train.packing else None),
+        data_collator=Padding(pad_id, train.max_length if train.packing else None),
         processing_class=tokenizer,
     )
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token to pad with: the tokenizer's, or its end of text."""
+    found: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return int(found)
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,10 @@ GOOD = {
 
 def test_a_good_run_file_passes():
     config = parse_config(
-        {**GOOD, "train": {"steps": 3, "learning_rate": 1, "alpha": 2}, "attribution": {"store": False, "exact": None}}
+        {**GOOD, "train": {"steps": 3, "learning_rate": 1, "alpha": 2}, "attribution": {"store": True, "exact": None}}
     )
     assert config.train.steps == 3
+    assert config.attribution.store is True
     assert config.attribution.exact is None
 
 
@@ -46,7 +47,13 @@ def test_a_good_run_file_passes():
         ({"targets": ["a"]}, "`targets` must name at least one entry: targets: {a_name: {path: ...}}"),
         ({"train": 3}, "train must be a mapping of keys, got 3"),
         ({"attribution": [1]}, "attribution must be a mapping of keys, got [1]"),
-        ({"attribution": {"store": True}}, "attribution.store: this version keeps no store of sketches yet; leave"),
+        ({"attribution": {"store": 1}}, "attribution.store must be bool: got 1"),
+        (
+            {"attribution": {"store": True, "samples": False}},
+            "attribution: `store` keeps the sketches of samples, so it needs `samples: true` and a `sketch_size` above",
+        ),
+        ({"attribution": {"store": True, "sketch_size": 0}}, "above 0: got samples=True, sketch_size=0"),
+        ({"attribution": {"store_format": "fp4"}}, "`store_format` must be one of bf16, int8, 1bit: got 'fp4'"),
         ({"attribution": {"refresh_every": 0}}, "attribution: `refresh_every` must be at least 1: got 0"),
         ({"attribution": {"refresh_every": "often"}}, "attribution.refresh_every must be int: got 'often'"),
         ({"mix": {"policy": "dynamic"}}, "mix.policy must be 'proportional', the only one there is yet: got 'dynamic'"),
@@ -207,6 +214,14 @@ def test_another_optimizer_is_refused_before_the_first_step(tmp_path):
     ):
         trainer.train()
     assert all(torch.equal(one, other) for one, other in zip(before, model.parameters(), strict=True))
+
+
+def test_a_store_of_no_layer_is_refused_before_the_first_step(tmp_path):
+    trainer = make_trainer(tmp_path / "trainer", make_model())
+    attach(trainer, tmp_path / "run", store=True, narrow=0, exact=None)
+    with pytest.raises(ValueError, match=r"`store` keeps sketches of exactly followed layers.*or leave `store` out"):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 def test_a_model_without_trainable_layers_is_refused(tmp_path):
