@@ -40,5 +40,8 @@ def rotated_grads(sides: Sides, offsets: Tensor) -> Tensor:
     """Form the rotated gradients [D, O, I]."""
     grads = ops.document_grads(sides.x, sides.dy, offsets)
     if sides.left is not None:
-        grads = sides.left.T @ grads
+        # One product for all documents: of LoRA's B [O, r] a product a document would have r columns.
+        D, O, I = grads.shape
+        columns = sides.left.T @ grads.permute(1, 0, 2).reshape(O, D * I)
+        grads = columns.view(O, D, I).permute(1, 0, 2)
     return grads if sides.right is None else grads @ sides.right
