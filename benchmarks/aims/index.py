@@ -18,7 +18,7 @@ from benchmarks.system.index_case import BATCH_TOKENS, IndexCase, batches, load_
 from benchmarks.system.index_data import write_case
 from fastsft.sketch import AdamWhitener, SketchSpec, Whitening, fit_whitening
 
-ROWS = 64
+ROWS = 128
 BUILT = "index build, {}, SJLT 4096 into a bf16 store"
 WHITENED = (("full", "adam"), ("lora", "adam"), ("lora", "ekfac"))
 

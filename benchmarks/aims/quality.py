@@ -90,10 +90,11 @@ def fine_tuned() -> tuple[nn.Module, Whitening]:
 
 
 @functools.cache
-def whitened_sketches(seed: int) -> Tensor:
-    """EK-FAC-whitened sketches [STORED + QUERIES, 4096]."""
+def whitened_sketches(seed: int, size: int) -> Tensor:
+    """EK-FAC-whitened sketches [STORED + QUERIES, size]."""
     model, whitening = fine_tuned()
-    return sketches(model, given().rows, SketchSpec(precondition="ekfac", seed=seed), whitening=whitening)
+    spec = SketchSpec(precondition="ekfac", seed=seed, size=size)
+    return sketches(model, given().rows, spec, whitening=whitening)
 
 
 def ndcg(true: Tensor, order: Tensor) -> Tensor:
@@ -104,13 +105,13 @@ def ndcg(true: Tensor, order: Tensor) -> Tensor:
     return (gains.gather(1, order) * discount).sum(1) / (best * discount).sum(1)
 
 
-def lost(format: str) -> Measured:
+def lost(format: str, size: int) -> Measured:
     """1 - NDCG@20 of a quantised store's ranking by the scores of unquantised whitened sketches; mean over queries.
 
     `another_seed` is what unquantised sketches of another seed lose by the same scores: how much of these rankings is
     chance of the hash at this K.
     """
-    both, other = whitened_sketches(0), whitened_sketches(1)
+    both, other = whitened_sketches(0, size), whitened_sketches(1, size)
     stored, queries = both[:STORED], both[STORED:]
     true = queries.double() @ stored.double().T
     losses = 1 - ndcg(true, ops.store_topk(queries, ops.encode_rows(stored, format), TOP).largest_rows)
@@ -118,16 +119,16 @@ def lost(format: str) -> Measured:
     p20, p80 = torch.quantile(losses, torch.tensor([0.2, 0.8], dtype=losses.dtype)).tolist()
     facts = {
         "model": given().name + f", LoRA r=8 after {STEPS} steps",
-        "shape": f"{STORED} rows, {QUERIES} queries, K=4096",
+        "shape": f"{STORED} rows, {QUERIES} queries, K={size}",
         "another_seed": round(float(chance.mean()), 4),
     }
     return Measured(round(float(losses.mean()), 4), round(p20, 4), round(p80, 4), len(losses), facts)
 
 
-for format, limit in (("1bit", 0.03), ("int8", 0.005)):
+for format, size, limit in (("1bit", 4096, 0.03), ("int8", 4096, 0.005), ("1bit", 16384, None)):
     aim(
-        f"ndcg_{format}",
-        what=f"NDCG@20 lost by a {format} store of whitened sketches",
+        f"ndcg_{format}" + ("" if limit else f"_k{size}"),
+        what=f"NDCG@20 lost by a {format} store of whitened sketches" + ("" if limit else f", K={size}"),
         against="unquantised whitened sketches",
         at_most=limit,
-    )(functools.partial(lost, format))
+    )(functools.partial(lost, format, size))
