@@ -76,6 +76,10 @@ def rivals_table(results: Path) -> str:
             label = f"{row['provider']}, {row['shape']}"
         else:
             ratios = [number(row["to_sorted_step"]["ratio"]), number(row["to_random_step"]["ratio"])]
+            rows_used = row.get("shape", "").split(",")[0].removeprefix("N")
+            label += f", {rows_used} rows" if rows_used else ""
+        if "rival" in row:
+            label = f"{name}: {label}"
         extra = row.get("extra_peak_mib")
         stored = row.get("bytes_a_sample")
         lines.append([row["case"], label, *ratios, number(extra, "MiB"), "" if stored is None else f"{stored} B"])

@@ -193,7 +193,7 @@ def test_rivals_stand_beside_us_and_errors_are_told(tmp_path: Path) -> None:
     sizes = {"extra_peak_mib": 483.2, "bytes_a_sample": 14336}
     harness.write_rows(tmp_path / "rivals_two.jsonl", [theirs | ratios | sizes | SIGNED, failed | SIGNED])
     found = table.rewrite("<!-- table:rivals -->\n<!-- /table -->\n", tmp_path)
-    assert "| index_lora | bergson build | 1.11 | 0.81 | 483 MiB | 14336 B |" in found
+    assert "| index_lora | bergson==2.5.1: bergson build | 1.11 | 0.81 | 483 MiB | 14336 B |" in found
     assert "| index_full | traker==0.3.2 | does not run here: not done after 9 s |" in found
 
 
