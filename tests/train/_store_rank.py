@@ -51,7 +51,7 @@ def main(out, batch):
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), int(sys.argv[2]))
-    # Torch's gloo thread may still free a gathered tensor while the interpreter ends, wants it for that, and aborts (seen
-    # in torch 2.13). All is written: leave at once.
+    # Torch's gloo thread may still free a gathered tensor while the interpreter ends, and aborts (torch 2.13). All is
+    # written: leave at once.
     sys.stdout.flush()
     os._exit(0)
