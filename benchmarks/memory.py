@@ -26,16 +26,6 @@ def extra_peak(prepare: str, **arguments: Any) -> int:
     return int(done.stdout.splitlines()[-1])
 
 
-def extra_peak_cuda(run: Callable[[], object]) -> int:
-    """Peak of the memory that torch holds on the GPU while `run` runs, less what it held before."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
 def watch(run: Callable[[], object]) -> int:
     """Peak of this process's resident set while `run` runs, less what it held before, in bytes."""
     gc.collect()

@@ -14,7 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fastsft.ops import _cuda
 from fastsft.ops._project_sides import kronecker_sides, random_signs
-from fastsft.ops._project_sjlt import Job
+from fastsft.ops._project_sjlt import Job, sketch_chunks
 from fastsft.ops._sjlt import derived_seed
 from fastsft.ops.sketch_matrix import Job as SketchJob
 from fastsft.ops.sketch_matrix import run_cuda as sketch
@@ -47,17 +47,7 @@ def add_sjlt(job: Job) -> None:
     rows = max(1, min(O, max(MIN_ROWS, room // (D * I)), room // I))
     documents = max(1, min(D, room // (rows * I)))
     workspace = torch.empty(documents * rows * I, dtype=kind, device=x.device)
-    bounds = bounds_of(job.offsets)
-    for row in range(0, O, rows):
-        part = slice(row, min(O, row + rows))
-        factor = None if job.precondition is None else job.precondition[part]
-        total = None if job.weight_grad is None else job.weight_grad[part]
-        for first in range(0, D, documents):
-            near = bounds[first : first + documents + 1]
-            shape = (len(near) - 1, part.stop - part.start, I)
-            grads = workspace[: shape[0] * shape[1] * I].view(shape)
-            _form(x, dy[:, part], near, grads)
-            sketch(SketchJob(grads, factor, total, job.out[first : first + documents], job.seed, row))
+    sketch_chunks(job, x, dy, bounds_of(job.offsets), (rows, documents), workspace, _form, sketch)
 
 
 def add_factored(job: Job, narrow: int, salts: tuple[int, int]) -> None:

@@ -2,6 +2,7 @@
 
 # T tokens, D documents, I inputs, O outputs, K sketch size
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -69,11 +70,26 @@ def _add_in_chunks(job: Job) -> None:
     if D == 0 or O == 0 or I == 0:
         return
     x, dy = job.x.to(job.out.dtype), job.dy.to(job.out.dtype)
-    bounds = job.offsets.tolist()
     # Of the shape alone: what a document's sketch rounds to must not depend on the documents beside it.
     rows = max(1, min(O, max(MIN_ROWS, CHUNK // I), WORKSPACE // I))
     documents = min(D, max(1, WORKSPACE // (rows * I)))
-    workspace = torch.empty(documents * rows * I, dtype=job.out.dtype, device=x.device)
+    workspace = x.new_empty(documents * rows * I)
+    sketch_chunks(job, x, dy, job.offsets.tolist(), (rows, documents), workspace, _form, sketch_cpp)
+
+
+def sketch_chunks(
+    job: Job,
+    x: Tensor,
+    dy: Tensor,
+    bounds: list[int],
+    chunk: tuple[int, int],
+    workspace: Tensor,
+    form: Callable[[Tensor, Tensor, list[int], Tensor], None],
+    sketch: Callable[[SketchJob], None],
+) -> None:
+    """Form and sketch `chunk` (rows of the weight, documents) of the gradients at a time, in the workspace."""
+    D, O, I = job.out.shape[0], dy.shape[1], x.shape[1]
+    rows, documents = chunk
     for row in range(0, O, rows):
         part = slice(row, min(O, row + rows))
         factor = None if job.precondition is None else job.precondition[part]
@@ -82,8 +98,8 @@ def _add_in_chunks(job: Job) -> None:
             near = bounds[first : first + documents + 1]
             shape = (len(near) - 1, part.stop - part.start, I)
             grads = workspace[: shape[0] * shape[1] * I].view(shape)
-            _form(x, dy[:, part], near, grads)
-            sketch_cpp(SketchJob(grads, factor, total, job.out[first : first + documents], job.seed, row))
+            form(x, dy[:, part], near, grads)
+            sketch(SketchJob(grads, factor, total, job.out[first : first + documents], job.seed, row))
 
 
 def _form(x: Tensor, dy: Tensor, bounds: list[int], grads: Tensor) -> None:

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastsft import ops
 from fastsft.ops import _cuda, _project_cuda, _project_sides, _project_sjlt
 from fastsft.ops._sjlt import derived_seed
+from fastsft.ops.sketch_matrix import run_cpp
 
 KINDS = ("sjlt", "factored", "kronecker")
 # Sums of T products round to about sqrt(T) * 6e-8 of their norm; T < 1000 here.
@@ -211,6 +212,22 @@ def test_chunks_equal_autograd(case, small_chunks, dtype, device):
     tolerance = 2**-8 if device.type == "cuda" and dtype == torch.bfloat16 else FLOAT32
     assert_near(out, sketch(problem.grads() * factor.double(), SIZE, 3), tolerance)
     assert_near(weight_grad, 1 + problem.grads().sum(0), tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", ["wide", "even", "empty_documents"])
+def test_chunks_of_cuda_equal_autograd_with_the_sketch_of_the_cpu(case, dtype, small_chunks, monkeypatch):
+    # All but the kernel runs anywhere.
+    monkeypatch.setattr(_project_cuda, "sketch", run_cpp)
+    problem = Problem(*CASES[case], dtype)
+    weight_grad, out = torch.zeros(problem.precondition.shape), torch.zeros(problem.offsets.shape[0] - 1, SIZE)
+    factor = problem.precondition.float()
+    _project_cuda.add_sjlt(
+        _project_sjlt.Job(problem.x, problem.dy, problem.offsets, "sjlt", factor, weight_grad, out, 3)
+    )
+    tolerance = 2**-8 if dtype == torch.bfloat16 else FLOAT32
+    assert_near(out, sketch(problem.grads() * factor.double(), SIZE, 3), tolerance)
+    assert_near(weight_grad, problem.grads().sum(0), tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
