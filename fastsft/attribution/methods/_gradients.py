@@ -1,0 +1,202 @@
+"""Methods whose score is a dot product: a query's gradient, turned by what the method knows, with each sample's.
+
+    score(i, q) = sum over checkpoints of share * <P g_q, g_i>
+
+g_i: gradient of sample i's loss summed over its response tokens; g_q: of the query's loss in nats per response token;
+P symmetric, the method's own, of each checkpoint. P is applied to the queries once, then every sample's gradient is
+contracted with them in its backward pass: no sample's gradient is kept.
+"""
+
+# N samples, Q queries, C checkpoints, D documents of a batch, O outputs, I inputs of a layer
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from fastsft import ops
+from fastsft.attribution.methods._base import Moments, Per, Queries, Targets
+from fastsft.attribution.methods._checkpoints import Checkpoint, load, present, restored, shares
+from fastsft.attribution.methods._scores import Block, Scores
+from fastsft.capturing import Documents, Layer
+from fastsft.data import Row
+from fastsft.sketch.passes import Batching, attribution_only, make_batch, run_batch
+
+# of each followed layer, by parameter name, one matrix a query [Q, O, I]
+Directions = Mapping[str, Tensor]
+Turn = Callable[[Directions], Directions]
+
+
+class GradientMethod:
+    """Base of the dot-product methods: each says by `turn` what P is at a checkpoint.
+
+    The trainable linear layers are followed. batching: how samples are put side by side; it changes no score, but for
+    rounding. direction_bytes: of the turned query gradients that exist at once; more queries are scored in blocks, each
+    a pass over the samples.
+    """
+
+    name = ""
+    unit = ""
+
+    def __init__(self, *, batching: Batching | None = None, direction_bytes: int = 2**31) -> None:
+        self.batching = Batching() if batching is None else batching
+        self.direction_bytes = direction_bytes
+
+    def fit(
+        self,
+        model: nn.Module,
+        checkpoints: Sequence[Checkpoint],
+        samples: Sequence[Row],
+        optimizer_state: Sequence[Moments] | None = None,
+    ) -> Self:
+        """Remember the samples, and learn P at every checkpoint."""
+        self.model, self.samples = model, list(samples)
+        self.checkpoints = list(checkpoints) or [present(model)]
+        self.shares = shares(self.checkpoints)
+        if optimizer_state is not None and len(optimizer_state) != len(self.checkpoints):
+            raise ValueError(
+                f"`optimizer_state` must hold one state a checkpoint: got {len(optimizer_state)} for "
+                f"{len(self.checkpoints)} checkpoints."
+            )
+        self.turns: list[Turn] = []
+        with restored(model):
+            for number, checkpoint in enumerate(self.checkpoints):
+                load(model, checkpoint)
+                self.turns.append(self.turn(None if optimizer_state is None else optimizer_state[number]))
+        return self
+
+    def turn(self, moments: Moments | None) -> Turn:
+        """Learn P from `self.samples` at the weights that `self.model` has now; identity unless told."""
+        return lambda directions: directions
+
+    def score(self, targets: Targets, *, per: Per = "sample") -> Scores:
+        """Score every sample (and token) for every query."""
+        queries = Queries.of(targets)
+        return Scores(
+            method=self.name,
+            unit=self.unit,
+            ids=[row.id for row in self.samples],
+            sources=[row.source for row in self.samples],
+            queries=queries.names,
+            blocks=lambda: self._blocks(queries, per),
+        )
+
+    def _blocks(self, queries: Queries, per: Per) -> Iterator[Block]:
+        step = self._queries_at_once()
+        with restored(self.model):
+            for first in range(0, len(queries), step):
+                part = Queries(queries.names[first : first + step], queries.rows[first : first + step])
+                yield from self._block_of(part, first, per)
+
+    def _queries_at_once(self) -> int:
+        numbers = sum(layer.weight.numel() for layer in followed(self.model))
+        return max(1, self.direction_bytes // max(1, 4 * numbers * len(self.checkpoints)))
+
+    def _block_of(self, queries: Queries, first: int, per: Per) -> Iterator[Block]:
+        directions = []
+        for checkpoint, turn in zip(self.checkpoints, self.turns, strict=True):
+            load(self.model, checkpoint)
+            directions.append(turn(query_gradients(self.model, queries, self.batching)))
+        for batches in chunks(self.batching.plan(self.samples), self.samples):
+            yield self._add(batches, directions, first, per)
+
+    def _add(self, batches: list[list[int]], directions: list[Directions], first: int, per: Per) -> Block:
+        """Sum one chunk's scores over the checkpoints."""
+        rows = [place for batch in batches for place in batch]
+        values: Tensor | None = None
+        tokens: list[Tensor] | None = None
+        for checkpoint, share, direction in zip(self.checkpoints, self.shares, directions, strict=True):
+            load(self.model, checkpoint)
+            found, of_tokens = self.contract([[self.samples[at] for at in batch] for batch in batches], direction, per)
+            values = share * found if values is None else values + share * found
+            if per == "token":
+                parts = [share * part for part in of_tokens]
+                tokens = parts if tokens is None else [a + b for a, b in zip(tokens, parts, strict=True)]
+        assert values is not None
+        return Block(rows, first, values, tokens)
+
+    def contract(
+        self, batches: Sequence[Sequence[Row]], directions: Directions, per: Per
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Dot each row's gradient at the model's weights with `directions` -> [n, Q], and of each row [T, Q]."""
+        return contract(self.model, batches, directions, self.batching, per)
+
+
+def followed(model: nn.Module) -> list[Layer]:
+    """Find the layers that gradient methods follow."""
+    with attribution_only(model, lambda *_: None) as capture:
+        return list(capture.layers)
+
+
+def chunks(plan: Sequence[Sequence[Row]], samples: Sequence[Row], batches: int = 16) -> Iterator[list[list[int]]]:
+    """Cut a plan into groups of batches, rows as places in `samples`: weights change once a checkpoint and group."""
+    place = {id(row): at for at, row in enumerate(samples)}
+    numbered = [[place[id(row)] for row in batch] for batch in plan]
+    for start in range(0, len(numbered), batches):
+        yield numbered[start : start + batches]
+
+
+def query_gradients(model: nn.Module, queries: Queries, batching: Batching) -> dict[str, Tensor]:
+    """The gradient of every query's loss, in nats per response token, at the model's weights: {name: [Q, O, I]}."""
+    summed = Batching(max_tokens=batching.max_tokens, packing=batching.packing, pad_id=batching.pad_id)
+    of = {id(row): number for number, rows in enumerate(queries.rows) for row in rows}
+    sums: dict[int, Tensor] = {}
+    groups = torch.zeros(0, dtype=torch.int64)
+
+    def sink(index: int, x: Tensor, dy: Tensor, documents: Documents) -> None:
+        sums[index] = _added(sums.get(index), x, dy, documents, groups, len(queries))
+
+    with attribution_only(model, sink) as capture:
+        device = capture.layers[0].weight.device
+        for batch in summed.plan([row for rows in queries.rows for row in rows]):
+            groups = torch.tensor([of[id(row)] for row in batch], device=device)
+            run_batch(model, capture, make_batch(batch, summed, device))
+        layers = list(capture.layers)
+    tokens = torch.tensor(queries.tokens, device=device)[:, None, None]
+    return {layers[index].name: total / tokens for index, total in sums.items()}
+
+
+def _added(total: Tensor | None, x: Tensor, dy: Tensor, documents: Documents, groups: Tensor, num: int) -> Tensor:
+    found = ops.influence_dot(x, dy, documents.offsets, groups=groups, num_groups=num, sums=total).sums
+    assert found is not None
+    return found
+
+
+def contract(
+    model: nn.Module, batches: Sequence[Sequence[Row]], directions: Directions, batching: Batching, per: Per = "sample"
+) -> tuple[Tensor, list[Tensor]]:
+    """Dot each row's gradient with each direction -> [n, Q] in the order of the batches, on the CPU, and where asked
+    for of each row its tokens' shares [T, Q] (else an empty list)."""
+    parts: list[Tensor] = []
+    tokens: list[Tensor] = []
+    total: Tensor | None = None
+    names: list[str] = []
+    kind = "document" if per == "sample" else "token"
+
+    def sink(index: int, x: Tensor, dy: Tensor, documents: Documents) -> None:
+        nonlocal total
+        direction = directions.get(names[index])
+        if direction is None:
+            return
+        scores = ops.influence_dot(x, dy, documents.offsets, direction, per=kind).scores  # type: ignore[arg-type]
+        assert scores is not None
+        total = scores if total is None else total + scores
+
+    with attribution_only(model, sink) as capture:
+        names = [layer.name for layer in capture.layers]
+        for batch in batches:
+            total = None
+            made = make_batch(batch, batching, capture.layers[0].weight.device)
+            run_batch(model, capture, made)
+            assert total is not None
+            if per == "token":
+                starts = made.documents.offsets.tolist()
+                pieces = [total[a : a + len(row.input_ids)].cpu() for a, row in zip(starts, batch)]
+                tokens += pieces
+                parts.append(torch.stack([piece.sum(0) for piece in pieces]))
+            else:
+                parts.append(total.cpu())
+    return torch.cat(parts), tokens
