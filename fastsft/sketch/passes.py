@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from fastsft.capturing.hooks import Sink
 from fastsft.data import IGNORED, Row, collate, collate_packed, pack
 
 Loss = Literal["sum", "mean"]
+Labels = Literal["rows", "sampled"]
+# probabilities that exist at once where labels are sampled
+_PROBABILITIES = 4 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +37,16 @@ class Batching:
     pad_id: int = 0
     # sketch with dropout, as in training
     dropout: bool = False
+    # whose loss a supervised token carries: its row's label's, or that of one drawn from the model's own distribution
+    # there, by `seed`, the row's source and id, and the token's place: whatever batch the row is in
+    labels: Labels = "rows"
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.loss not in ("sum", "mean"):
             raise ValueError(f"`loss` must be 'sum' or 'mean' over a sample's supervised tokens: got {self.loss!r}.")
+        if self.labels not in ("rows", "sampled"):
+            raise ValueError(f"`labels` must be 'rows' or 'sampled' from the model: got {self.labels!r}.")
         if self.max_tokens < 1:
             raise ValueError(f"`max_tokens` of a batch must be 1 or more: got {self.max_tokens}.")
 
@@ -82,13 +92,15 @@ def attribution_only(
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Rows as a model takes them. `counts` [B * T]: which tokens have a supervised one of their document after them."""
+    """Rows as a model takes them. `counts` [B * T]: which tokens have a supervised one of their document after them.
+    `draws` [B, T]: uniform numbers by which labels are sampled, where they are."""
 
     inputs: dict[str, Tensor]
     labels: Tensor  # [B, T]
     weights: Tensor  # [B, T] of each label's loss
     documents: Documents
     counts: Tensor
+    draws: Tensor | None = None
 
 
 def make_batch(rows: Sequence[Row], batching: Batching, device: torch.device) -> Batch:
@@ -105,32 +117,58 @@ def make_batch(rows: Sequence[Row], batching: Batching, device: torch.device) ->
         documents = Documents.rows(*inputs["input_ids"].shape)
     labels = inputs.pop("labels")
     weights, counts = torch.ones(labels.shape), torch.zeros(labels.shape, dtype=torch.bool)
+    draws = torch.zeros(labels.shape, dtype=torch.float64) if batching.labels == "sampled" else None
     for row, start in zip(rows, documents.offsets[:-1].tolist(), strict=True):
         supervised = [at for at, label in enumerate(row.labels) if at and label != IGNORED]
         counts.view(-1)[start : start + supervised[-1]] = True
         if batching.loss == "mean":
             weights.view(-1)[start : start + len(row.labels)] = 1 / len(supervised)
+        if draws is not None:
+            draws.view(-1)[start : start + len(row.labels)] = _draws(row, batching.seed)
     inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-    return Batch(inputs, labels, weights, documents.to(device), counts.flatten().to(device))
+    return Batch(inputs, labels, weights, documents.to(device), counts.flatten().to(device), draws)
+
+
+def _draws(row: Row, seed: int) -> Tensor:
+    """A uniform number in [0, 1) for each token of a row."""
+    key = hashlib.blake2b(f"{seed}:{row.source}:{row.id}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(key, "little"))
+    return torch.rand(len(row.labels), generator=generator, dtype=torch.float64)
 
 
 def run_batch(model: nn.Module, capture: Capture, batch: Batch) -> None:
     """Send one batch forward and backward: the capture's sink sees each document's gradient of its own loss."""
     with torch.enable_grad(), capture.batch(batch.documents):
-        _summed_loss(model, batch.inputs, batch.labels, batch.weights).backward()
+        _summed_loss(model, batch).backward()
 
 
-def _summed_loss(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, weights: Tensor) -> Tensor:
-    """Sum weights[b, t] * -log p(labels[b, t]) over supervised t > 0; labels, weights [B, T]."""
-    places = (labels[:, 1:] != IGNORED).nonzero()  # [N, 2]: logits at t predict the label at t + 1
-    lines, columns = places.to(inputs["input_ids"].device).unbind(1)
+def _summed_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Sum weights[b, t] * -log p(labels[b, t]) over supervised t > 0."""
+    places = (batch.labels[:, 1:] != IGNORED).nonzero()  # [N, 2]: logits at t predict the label at t + 1
+    lines, columns = places.to(batch.inputs["input_ids"].device).unbind(1)
     with _head_sees(model, lines, columns) as gathered:
-        logits = model(**inputs, use_cache=False).logits
+        logits = model(**batch.inputs, use_cache=False).logits
     logits = logits[0] if gathered else logits[lines, columns]  # [N, V]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    wanted, shares = (each[:, 1:][places[:, 0], places[:, 1]].to(logits.device) for each in (labels, weights))
+
+    def at(each: Tensor) -> Tensor:
+        return each[:, 1:][places[:, 0], places[:, 1]].to(logits.device)
+
+    wanted = at(batch.labels) if batch.draws is None else _sampled(logits.detach(), at(batch.draws))
     losses = nn.functional.cross_entropy(logits, wanted, reduction="none")
-    return losses @ shares.to(losses)
+    return losses @ at(batch.weights).to(losses)
+
+
+def _sampled(logits: Tensor, draws: Tensor) -> Tensor:
+    """Draw a label of each row of logits [N, V] by its uniform number -> [N]: the first whose share of the probability,
+    with all before it, is above the number."""
+    found = []
+    step = max(1, _PROBABILITIES // logits.shape[1])
+    for some, draw in zip(logits.split(step), draws.split(step), strict=True):
+        shares = some.double().softmax(1).cumsum(1)
+        labels = torch.searchsorted(shares, draw[:, None] * shares[:, -1:], right=True).squeeze(1)
+        found.append(labels.clamp_(max=logits.shape[1] - 1))
+    return torch.cat(found)
 
 
 @contextmanager

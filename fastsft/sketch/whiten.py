@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsft.capturing import Layer, find_layers
+from fastsft.sketch.rotate import rotate_grads
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,11 +34,12 @@ class LayerWhitening:
 
     def apply(self, grads: Tensor) -> Tensor:
         """Whiten whole gradients [D, O, I] -> [D, O, I]."""
-        if self.left is not None:
-            grads = self.left.T @ grads
-        if self.right is not None:
-            grads = grads @ self.right
-        return grads * self.scale
+        return rotate_grads(grads, self.left, self.right) * self.scale
+
+    def precondition(self, grads: Tensor) -> Tensor:
+        """Apply the whole of P, rotation back included, to gradients [D, O, I] -> [D, O, I] that are not whitened."""
+        left, right = (t if t is None else t.T for t in (self.left, self.right))
+        return rotate_grads(self.apply(grads).mul_(self.scale), left, right).contiguous()
 
     def to(self, like: Tensor) -> LayerWhitening:
         """Move to the device and type of `like`."""
@@ -76,7 +78,8 @@ class Whitening:
         from safetensors.torch import save_file
 
         header = {"precondition": self.precondition, "about": json.dumps(self.about), "digest": self.digest}
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in self._tensors().items()}
+        # layers with one input share eigenvectors, which the format does not
+        tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in self._tensors().items()}
         save_file(tensors, path, {"fastsft": "whitening", **header})
 
     @staticmethod

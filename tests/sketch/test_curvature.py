@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 
 from fastsft import ops
 from fastsft.capturing import Capture, Documents
-from fastsft.sketch import SketchSpec, Whitening, fit_whitening
+from fastsft.data import Row
+from fastsft.sketch import SketchSpec, Whitening, fit_whitening, passes
+from fastsft.sketch.passes import Batching, attribution_only, make_batch, run_batch
 from fastsft.sketch.rotate import rotate_tokens, rotated_grads
 from tests.attribution._support import make_rows, tiny_model
 from tests.capturing._support import sum_loss
@@ -19,7 +22,7 @@ from tests.sketch._support import collect, followed_grads, moved
 EKFAC = SketchSpec(size=256, precondition="ekfac")
 
 
-def _covariances(model: nn.Module, rows: list) -> dict[str, tuple[Tensor, Tensor]]:
+def covariances(model: nn.Module, rows: list) -> dict[str, tuple[Tensor, Tensor]]:
     """A [I, I] and S [O, O] of each layer, a row at a time without padding."""
     found: dict[str, list[Tensor]] = {}
 
@@ -39,9 +42,9 @@ def _covariances(model: nn.Module, rows: list) -> dict[str, tuple[Tensor, Tensor
     return {name: (A, S) for name, (A, S) in found.items()}
 
 
-def _fisher(covariances: tuple[Tensor, Tensor], grads: Tensor, damping: float) -> Tensor:
+def fisher(sides: tuple[Tensor, Tensor], grads: Tensor, damping: float) -> Tensor:
     """Q diag(Lambda) Q^T + damping [O I, O I] with Q = Q_S (x) Q_A."""
-    A, S = covariances
+    A, S = sides
     Q = torch.kron(torch.linalg.eigh(S).eigenvectors, torch.linalg.eigh(A).eigenvectors)
     eigenvalues = (grads.flatten(1) @ Q).square().mean(0)
     return Q @ torch.diag(eigenvalues) @ Q.T + damping * eigenvalues.mean() * torch.eye(len(Q), dtype=Q.dtype)
@@ -63,12 +66,12 @@ def test_whitened_dots_equal_the_inverse_fisher_formed_slowly(lora: bool, one_pa
     keep_bytes = 2**30 if one_pass else 0
     whitening = fit_whitening(model, rows, EKFAC, damping=0.2, max_tokens=30, keep_bytes=keep_bytes)
     fitted, queries = followed_grads(model, rows), followed_grads(model, make_rows(3, source="blue", seed=2))
-    covariances = _covariances(model, rows)
+    sides = covariances(model, rows)
     assert set(whitening.layers) == set(fitted)
     for name, found in _dots(whitening, queries).items():
-        fisher = _fisher(covariances[name], fitted[name], 0.2)
+        matrix = fisher(sides[name], fitted[name], 0.2)
         flat = queries[name].flatten(1)
-        expected = flat @ torch.linalg.solve(fisher, flat.T)
+        expected = flat @ torch.linalg.solve(matrix, flat.T)
         assert torch.allclose(found, expected, rtol=1e-6, atol=1e-7 * float(expected.abs().max())), name
 
 
@@ -176,3 +179,65 @@ def test_a_layer_used_twice_is_refused() -> None:
     model.model.layers[1] = model.model.layers[0]
     with pytest.raises(ValueError, match="was used twice"):
         fit_whitening(model, make_rows(2, source="red", seed=1), EKFAC)
+
+
+class _Toy(nn.Module):
+    """One linear layer over one-hot tokens: logits of the next token [B, T, V]."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.linear = nn.Linear(size, size, bias=False, dtype=torch.float64)
+
+    def forward(self, input_ids: Tensor, **_: object) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.linear(nn.functional.one_hot(input_ids, self.size).double()))
+
+
+def test_sampled_labels_approach_the_expectation_over_labels() -> None:
+    V, draws = 3, 2000
+    model = _Toy(V)
+    with torch.no_grad():
+        model.linear.weight.copy_(torch.randn(V, V, dtype=torch.float64))
+    # a prompt of two tokens, and one that is supervised; many copies of it, each with draws of its own
+    rows = [Row(f"copy {number}", "red", [0, 1, 2], [-100, -100, 0]) for number in range(draws)]
+    batching = Batching(labels="sampled", seed=3)
+    seen: list[Tensor] = []
+    with attribution_only(model, lambda _, x, dy, documents: seen.append(dy.view(draws, 3, V))) as capture:
+        run_batch(model, capture, make_batch(rows, batching, torch.device("cpu")))
+    (dy,) = seen
+    assert not dy[:, [0, 2]].any()
+    p = model.linear.weight[:, 1].detach().softmax(0)
+    # dy = p - e_label, with a label drawn from p: E[dy] = 0, E[dy dy^T] = diag(p) - p p^T
+    error = 4 / draws**0.5
+    assert torch.allclose(dy[:, 1].mean(0), torch.zeros_like(p), atol=error)
+    assert torch.allclose(dy[:, 1].T @ dy[:, 1] / draws, p.diag() - p.outer(p), atol=error)
+
+
+def test_a_label_is_the_first_whose_share_passes_its_number(monkeypatch) -> None:
+    monkeypatch.setattr(passes, "_PROBABILITIES", 8)  # two rows at once
+    logits = torch.tensor([[0.0, 0.5, 0.25, 0.25]], dtype=torch.float64).log().expand(5, 4)
+    draws = torch.tensor([0.0, 0.49, 0.51, 0.76, 1 - 1e-16], dtype=torch.float64)
+    assert passes._sampled(logits.float(), draws).tolist() == [1, 1, 2, 3, 3]
+
+
+def test_the_true_fisher_has_labels_of_its_own_and_no_prompt_has_one() -> None:
+    model = moved(tiny_model(lora=True))
+    rows = make_rows(6, source="red", seed=1)
+    other = [dataclasses.replace(row, labels=[-100 if at == -100 else 1 for at in row.labels]) for row in rows]
+    settings = {"labels": "sampled", "seed": 4}
+    first, second = (fit_whitening(model, some, EKFAC, **settings) for some in (rows, other))
+    assert first.digest == second.digest  # the rows' own labels have no part but in where loss is
+    assert first.about == {"damping": 0.1, "documents": 6, "loss": "sum", "labels": "sampled", "seed": 4}
+    assert first.digest != fit_whitening(model, rows, EKFAC, labels="sampled", seed=5).digest
+    with pytest.raises(ValueError, match="`labels` must be 'rows' or 'sampled'"):
+        fit_whitening(model, rows, EKFAC, labels="true")
+
+
+def test_layers_with_one_input_share_eigenvectors_and_can_be_saved(tmp_path) -> None:
+    model = moved(tiny_model(lora=False))
+    whitening = fit_whitening(model, make_rows(6, source="red", seed=1), EKFAC)
+    query, key, out = (whitening.layers[f"model.layers.0.self_attn.{side}_proj.weight"] for side in "qko")
+    assert query.right is key.right
+    assert query.right is not out.right
+    whitening.save(tmp_path / "whitening.safetensors")
+    assert Whitening.load(tmp_path / "whitening.safetensors").digest == whitening.digest

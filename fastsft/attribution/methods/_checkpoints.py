@@ -48,22 +48,37 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Copy a checkpoint's weights into `model`; every trainable parameter must be there, in its shape."""
+    """Copy a checkpoint's weights into the trainable parameters of `model`: each must be there, in its shape.
+
+    Frozen parameters are not written. Those that the checkpoint holds too must have the model's values.
+    """
     weights = checkpoint.weights() if callable(checkpoint.weights) else checkpoint.weights
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        _check(checkpoint.name, weights, name, parameter)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in weights:
-                if weights[name].shape != parameter.shape:
-                    raise ValueError(
-                        f"{checkpoint.name} does not fit the model: its {name} has the shape "
-                        f"{list(weights[name].shape)}, the model's {list(parameter.shape)}."
-                    )
+        for name, parameter in parameters.items():
+            if parameter.requires_grad:
                 parameter.copy_(weights[name])
-            elif parameter.requires_grad:
-                raise ValueError(
-                    f"{checkpoint.name} has no weights of {name}, which is trainable: it holds "
-                    f"{', '.join(list(weights)[:3])} ... Is it of another model, or adapted differently?"
-                )
+
+
+def _check(checkpoint: str, weights: Mapping[str, Tensor], name: str, parameter: nn.Parameter) -> None:
+    if name not in weights:
+        if parameter.requires_grad:
+            raise ValueError(
+                f"{checkpoint} has no weights of {name}, which is trainable: it holds "
+                f"{', '.join(list(weights)[:3])} ... Is it of another model, or adapted differently?"
+            )
+    elif weights[name].shape != parameter.shape:
+        raise ValueError(
+            f"{checkpoint} does not fit the model: its {name} has the shape {list(weights[name].shape)}, the model's "
+            f"{list(parameter.shape)}."
+        )
+    elif not parameter.requires_grad and not torch.equal(weights[name].to(parameter), parameter):
+        raise ValueError(
+            f"{checkpoint} has other values of {name} than the model, where it is frozen: only trainable parameters "
+            f"are loaded. Unfreeze it, or give the model these values first."
+        )
 
 
 @contextmanager

@@ -11,8 +11,9 @@ contracted with them in its backward pass: no sample's gradient is kept.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from fastsft import ops
 from fastsft.attribution.methods._base import Moments, Per, Queries, Targets
 from fastsft.attribution.methods._checkpoints import Checkpoint, load, present, restored, shares
+from fastsft.attribution.methods._dots import Dots
 from fastsft.attribution.methods._scores import Block, Scores
 from fastsft.capturing import Documents, Layer
 from fastsft.data import Row
@@ -75,48 +77,52 @@ class GradientMethod:
     def score(self, targets: Targets, *, per: Per = "sample") -> Scores:
         """Score every sample (and token) for every query."""
         queries = Queries.of(targets)
+        fitted = copy.copy(self)  # scores are computed when asked for: by then this object may be fitted anew
         return Scores(
             method=self.name,
             unit=self.unit,
             ids=[row.id for row in self.samples],
             sources=[row.source for row in self.samples],
             queries=queries.names,
-            blocks=lambda: self._blocks(queries, per),
+            blocks=lambda: fitted._blocks(queries, per),
         )
 
     def _blocks(self, queries: Queries, per: Per) -> Iterator[Block]:
         step = self._queries_at_once()
-        with restored(self.model):
-            for first in range(0, len(queries), step):
-                part = Queries(queries.names[first : first + step], queries.rows[first : first + step])
-                yield from self._block_of(part, first, per)
+        for first in range(0, len(queries), step):
+            part = Queries(queries.names[first : first + step], queries.rows[first : first + step])
+            yield from self._block_of(part, first, per)
 
     def _queries_at_once(self) -> int:
-        numbers = sum(layer.weight.numel() for layer in followed(self.model))
-        return max(1, self.direction_bytes // max(1, 4 * numbers * len(self.checkpoints)))
+        size = sum(_bytes(layer.weight) for layer in followed(self.model))
+        return max(1, self.direction_bytes // max(1, size * len(self.checkpoints)))
 
     def _block_of(self, queries: Queries, first: int, per: Per) -> Iterator[Block]:
         directions = []
-        for checkpoint, turn in zip(self.checkpoints, self.turns, strict=True):
-            load(self.model, checkpoint)
-            directions.append(turn(query_gradients(self.model, queries, self.batching)))
+        with restored(self.model):
+            for checkpoint, turn in zip(self.checkpoints, self.turns, strict=True):
+                load(self.model, checkpoint)
+                directions.append(turn(query_gradients(self.model, queries, self.batching)))
         for batches in chunks(self.batching.plan(self.samples), self.samples):
-            yield self._add(batches, directions, first, per)
+            # between blocks the model is the caller's: an iteration may stop, or run beside another
+            with restored(self.model):
+                block = self._add(batches, directions, first, per)
+            yield block
 
     def _add(self, batches: list[list[int]], directions: list[Directions], first: int, per: Per) -> Block:
         """Sum one chunk's scores over the checkpoints."""
-        rows = [place for batch in batches for place in batch]
+        rows = [[self.samples[at] for at in batch] for batch in batches]
         values: Tensor | None = None
         tokens: list[Tensor] | None = None
         for checkpoint, share, direction in zip(self.checkpoints, self.shares, directions, strict=True):
             load(self.model, checkpoint)
-            found, of_tokens = self.contract([[self.samples[at] for at in batch] for batch in batches], direction, per)
+            found, of_tokens = self.contract(rows, direction, per)
             values = share * found if values is None else values + share * found
             if per == "token":
                 parts = [share * part for part in of_tokens]
                 tokens = parts if tokens is None else [a + b for a, b in zip(tokens, parts, strict=True)]
         assert values is not None
-        return Block(rows, first, values, tokens)
+        return Block([place for batch in batches for place in batch], first, values, tokens)
 
     def contract(
         self, batches: Sequence[Sequence[Row]], directions: Directions, per: Per
@@ -133,16 +139,24 @@ def followed(model: nn.Module) -> list[Layer]:
 
 def chunks(plan: Sequence[Sequence[Row]], samples: Sequence[Row], batches: int = 16) -> Iterator[list[list[int]]]:
     """Cut a plan into groups of batches, rows as places in `samples`: weights change once a checkpoint and group."""
-    place = {id(row): at for at, row in enumerate(samples)}
-    numbered = [[place[id(row)] for row in batch] for batch in plan]
-    for start in range(0, len(numbered), batches):
-        yield numbered[start : start + batches]
+    places = numbered(plan, samples)
+    for start in range(0, len(places), batches):
+        yield places[start : start + batches]
+
+
+def numbered(plan: Sequence[Sequence[Row]], rows: Sequence[Row]) -> list[list[int]]:
+    """Name each row of a plan of `rows` by its place among them; a row that occurs n times has n places."""
+    waiting: dict[int, list[int]] = {}
+    for place in reversed(range(len(rows))):
+        waiting.setdefault(id(rows[place]), []).append(place)
+    return [[waiting[id(row)].pop() for row in batch] for batch in plan]
 
 
 def query_gradients(model: nn.Module, queries: Queries, batching: Batching) -> dict[str, Tensor]:
     """The gradient of every query's loss, in nats per response token, at the model's weights: {name: [Q, O, I]}."""
     summed = Batching(max_tokens=batching.max_tokens, packing=batching.packing, pad_id=batching.pad_id)
-    of = {id(row): number for number, rows in enumerate(queries.rows) for row in rows}
+    rows = [row for group in queries.rows for row in group]
+    number = [number for number, group in enumerate(queries.rows) for _ in group]
     sums: dict[int, Tensor] = {}
     groups = torch.zeros(0, dtype=torch.int64)
 
@@ -151,12 +165,12 @@ def query_gradients(model: nn.Module, queries: Queries, batching: Batching) -> d
 
     with attribution_only(model, sink) as capture:
         device = capture.layers[0].weight.device
-        for batch in summed.plan([row for rows in queries.rows for row in rows]):
-            groups = torch.tensor([of[id(row)] for row in batch], device=device)
-            run_batch(model, capture, make_batch(batch, summed, device))
+        for places in numbered(summed.plan(rows), rows):
+            groups = torch.tensor([number[place] for place in places], device=device)
+            run_batch(model, capture, make_batch([rows[place] for place in places], summed, device))
         layers = list(capture.layers)
     tokens = torch.tensor(queries.tokens, device=device)[:, None, None]
-    return {layers[index].name: total / tokens for index, total in sums.items()}
+    return {layers[index].name: sums[index].div_(tokens) for index in sorted(sums)}
 
 
 def _added(total: Tensor | None, x: Tensor, dy: Tensor, documents: Documents, groups: Tensor, num: int) -> Tensor:
@@ -165,38 +179,51 @@ def _added(total: Tensor | None, x: Tensor, dy: Tensor, documents: Documents, gr
     return found
 
 
+def _bytes(weight: Tensor) -> int:
+    """Of one direction, which is float32 at least."""
+    return weight.numel() * torch.promote_types(weight.dtype, torch.float32).itemsize
+
+
+class Contracted(NamedTuple):
+    """Of n rows their dots [n, Q], their tokens' [T, Q] where asked for, and their squared norms [n] where asked for;
+    on the CPU."""
+
+    values: Tensor
+    tokens: list[Tensor]
+    squares: Tensor | None
+
+
 def contract(
     model: nn.Module, batches: Sequence[Sequence[Row]], directions: Directions, batching: Batching, per: Per = "sample"
 ) -> tuple[Tensor, list[Tensor]]:
     """Dot each row's gradient with each direction -> [n, Q] in the order of the batches, on the CPU, and where asked
     for of each row its tokens' shares [T, Q] (else an empty list)."""
-    parts: list[Tensor] = []
+    return contracted(model, batches, Dots(directions, per), batching)[:2]
+
+
+def contracted(model: nn.Module, batches: Sequence[Sequence[Row]], dots: Dots, batching: Batching) -> Contracted:
+    """Send batches through the model and gather what `dots` finds, in their order."""
+    values: list[Tensor] = []
     tokens: list[Tensor] = []
-    total: Tensor | None = None
-    names: list[str] = []
-    kind = "document" if per == "sample" else "token"
-
-    def sink(index: int, x: Tensor, dy: Tensor, documents: Documents) -> None:
-        nonlocal total
-        direction = directions.get(names[index])
-        if direction is None:
-            return
-        scores = ops.influence_dot(x, dy, documents.offsets, direction, per=kind).scores  # type: ignore[arg-type]
-        assert scores is not None
-        total = scores if total is None else total + scores
-
-    with attribution_only(model, sink) as capture:
-        names = [layer.name for layer in capture.layers]
+    squares: list[Tensor] = []
+    with attribution_only(model, dots) as capture:
+        dots.layers = capture.layers
         for batch in batches:
-            total = None
+            dots.begin()
             made = make_batch(batch, batching, capture.layers[0].weight.device)
             run_batch(model, capture, made)
-            assert total is not None
-            if per == "token":
+            if dots.values is None:
+                raise ValueError(
+                    f"no direction is of a layer that the backward pass reached: they are of "
+                    f"{', '.join(list(dots.directions)[:3])} ... Are they of this model?"
+                )
+            found = dots.values.cpu()
+            if dots.per == "token":
                 starts = made.documents.offsets.tolist()
-                pieces = [total[a : a + len(row.input_ids)].cpu() for a, row in zip(starts, batch)]
+                pieces = [found[at : at + len(row.input_ids)] for at, row in zip(starts, batch)]
                 tokens += pieces
-                parts.append(torch.stack([piece.sum(0) for piece in pieces]))
-            else:
-                parts.append(total.cpu())
-    return torch.cat(parts), tokens
+                found = torch.stack([piece.sum(0) for piece in pieces])
+            values.append(found)
+            if dots.squares is not None:
+                squares.append(dots.squares.cpu())
+    return Contracted(torch.cat(values), tokens, torch.cat(squares) if squares else None)

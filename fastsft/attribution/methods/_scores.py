@@ -73,13 +73,22 @@ class Scores:
 
     def tokens(self) -> dict[str, Tensor]:
         """Gather every token's scores {sample id: [T, Q]}; a ValueError where `score` was not asked for tokens."""
-        found: dict[str, list[Tensor]] = {}
+        if len(set(self.ids)) < len(self.ids):
+            twice = next(id for id in self.ids if self.ids.count(id) > 1)
+            raise ValueError(
+                f"tokens are gathered by sample id, and {twice!r} names several samples: iterate over the blocks, "
+                f"whose `rows` are places among the samples."
+            )
+        found: dict[str, list[tuple[int, Tensor]]] = {}
         for block in self:
             if block.tokens is None:
                 raise ValueError(f"these scores of {self.method} are per sample: ask `score(..., per='token')`.")
             for row, values in zip(block.rows, block.tokens, strict=True):
-                found.setdefault(self.ids[row], []).append(values)
-        return {id: torch.cat(parts, dim=1) for id, parts in found.items()}
+                found.setdefault(self.ids[row], []).append((block.first, values))
+        return {
+            id: torch.cat([part for _, part in sorted(parts, key=lambda part: part[0])], dim=1)
+            for id, parts in found.items()
+        }
 
     def summary(self, top: int = 20) -> Summary:
         """Keep the `top` best of both signs and each source's sum, in one pass."""
