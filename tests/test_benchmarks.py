@@ -14,9 +14,12 @@ import pytest
 import torch
 
 from benchmarks import aims, harness, memory, table
-from benchmarks.rivals import environments
+from benchmarks.rivals import environments, estimator_race, score
 from benchmarks.rivals import run as rivals
+from benchmarks.rivals.scores import _base as scores
 from benchmarks.system import in_run, index_build, index_case
+from fastsft.attribution.methods import Checkpoint
+from fastsft.attribution.methods._checkpoints import trainable
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
@@ -140,6 +143,72 @@ def test_a_rival_that_cannot_run_gives_a_row_that_says_why(case_folder: Path, mo
     (row,) = rivals.race("bergson", "index_full", case_folder, args)
     assert row["rival"] == "bergson==2.5.1"
     assert "No module named 'bergson'" in str(row["error"])
+
+
+@pytest.fixture
+def scoring_case(case_folder: Path, tmp_path: Path) -> Callable[[str], tuple[torch.nn.Module, Path]]:
+    """Write a case of two checkpoints -> the model at the last, and the case."""
+
+    def write(method: str) -> tuple[torch.nn.Module, Path]:
+        model = index_case.load_model(index_case.load_case(case_folder, method))
+        first = Checkpoint("first", trainable(model), 1.0)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.mul_(1.5)
+        checkpoints = [first, Checkpoint("last", trainable(model), 3.0)]
+        rows = index_build.rows_of(index_case.load_case(case_folder, method))
+        told = {"base": case_folder / "model", "pad_id": 0}
+        return model.eval(), scores.write_case(tmp_path / method, model, checkpoints, rows[:4], rows[4:], **told)
+
+    return write
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_scoring_case_gives_back_rows_and_the_model_at_each_checkpoint(method: str, scoring_case: Callable) -> None:
+    model, folder = scoring_case(method)
+    case = scores.load_case(folder)
+    assert (case.method, case.checkpoints, case.shares) == (method, ["first", "last"], [1.0, 3.0])
+    assert [row.id for row in case.rows + case.queries] == [f"row-{number}" for number in range(6)]
+    assert case.query_tokens.tolist() == [4, 18]
+    again, first = scores.load_model(case), scores.load_model(case, 0)
+    inputs = torch.tensor([case.rows[0].input_ids])
+    assert torch.equal(again(inputs).logits, model(inputs).logits)
+    assert not torch.equal(first(inputs).logits, model(inputs).logits)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name for name, parameter in again.named_parameters() if parameter.requires_grad} == trained
+
+
+def test_a_rival_that_cannot_score_gives_a_row_that_says_why(
+    scoring_case: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # this very python: it has no kronfluence
+    monkeypatch.setattr(score, "python_of", lambda name, cache: Path(sys.executable))
+    out = tmp_path / "scores"
+    out.mkdir()
+    (out / "kronfluence-ekfac.npy").write_bytes(b"of an earlier run")
+    row = score.ask("kronfluence", "ekfac", scoring_case("lora")[1], out)
+    assert "No module named 'kronfluence'" in row["error"]
+    assert json.loads((out / "kronfluence-ekfac.json").read_text()) == row
+    assert not (out / "kronfluence-ekfac.npy").exists()
+
+
+def test_rows_that_were_sorted_for_a_rival_come_back_in_their_order(scoring_case: Callable) -> None:
+    case = scores.load_case(scoring_case("full")[1])
+    lines = scores.Lines(case.rows)
+    assert [len(row.input_ids) for row in lines.rows] == sorted((len(row.input_ids) for row in case.rows), reverse=True)
+    lengths = torch.tensor([[len(row.input_ids)] for row in lines.rows])
+    assert lines.back(lengths, 0).flatten().tolist() == [len(row.input_ids) for row in case.rows]
+
+
+def test_tokens_after_the_last_supervised_one_are_not_counted() -> None:
+    labels = torch.tensor([[-100, -100, 5, 6, -100], [-100, 7, -100, 8, 9]])
+    assert scores.counted_mask(labels).tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]
+
+
+def test_the_time_of_more_rows_is_on_the_line_through_two_runs() -> None:
+    assert estimator_race.at(1000, [(100, 7.0), (200, 9.0)]) == 25.0
+    assert estimator_race.at(200, [(200, 9.0)]) == 9.0
 
 
 def test_an_environment_is_made_once_and_again_when_its_list_changes(
