@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fastsft.train.attach import attach
     from fastsft.train.attribute import attribute, attribute_model
     from fastsft.train.config import load_config
+    from fastsft.train.estimate import attribute_queries
     from fastsft.train.followed import Run
     from fastsft.train.loop import run
     from fastsft.train.query import search_store
@@ -33,6 +34,7 @@ _HOMES = {
     "attach": "fastsft.train",
     "attribute": "fastsft.train",
     "attribute_model": "fastsft.train",
+    "attribute_queries": "fastsft.train",
     "capture": "fastsft.capturing",
     "load_config": "fastsft.train",
     "run": "fastsft.train",
@@ -48,6 +50,7 @@ __all__ = [
     "attach",
     "attribute",
     "attribute_model",
+    "attribute_queries",
     "capture",
     "load_config",
     "run",

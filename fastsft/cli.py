@@ -7,7 +7,7 @@ import shutil
 import webbrowser
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -33,6 +33,28 @@ class Precondition(StrEnum):
     none = "none"
     adam = "adam"
     ekfac = "ekfac"
+
+
+class Method(StrEnum):
+    """By what samples are scored for a query; fastsft.attribution.methods.registry.METHODS says more of each."""
+
+    grad_dot = "grad_dot"
+    grad_cos = "grad_cos"
+    tracin = "tracin"
+    adam_dot = "adam_dot"
+    ekfac = "ekfac"
+    ekfac_cg = "ekfac_cg"
+    less = "less"
+    trak = "trak"
+    logra = "logra"
+    datainf = "datainf"
+    unrolled = "unrolled"
+    in_run = "in_run"
+    bm25 = "bm25"
+    embedding = "embedding"
+    loss = "loss"
+    length = "length"
+    random = "random"
 
 
 class Loss(StrEnum):
@@ -111,8 +133,30 @@ def report(
 
 @app.command()
 def attribute(
+    context: typer.Context,
     run_dir: Annotated[Path, typer.Argument(help="Run directory of a finished `fastsft run`.")],
-    checkpoint: Annotated[str, typer.Option(help="Step of a checkpoint, last, or all.")] = "last",
+    query: Annotated[
+        Path | None,
+        typer.Option(help="Answer at once, without a store: a file of rows, or the name of a target of the run."),
+    ] = None,
+    method: Annotated[
+        Method | None, typer.Option(help="With --query: how samples are scored.", show_default="ekfac")
+    ] = None,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(help="Step of a checkpoint, last, or all.", show_default="last; with --query all"),
+    ] = None,
+    top: Annotated[int, typer.Option(help="With --query: samples to show of either sign.")] = 20,
+    each: Annotated[bool, typer.Option("--each", help="With --query: also every query by itself.")] = False,
+    by_source: Annotated[
+        bool, typer.Option("--by-source", help="With --query: also sums and means by source.")
+    ] = False,
+    tokens: Annotated[
+        bool, typer.Option("--tokens", help="With --query and --json: also the tokens that carry the score.")
+    ] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="With --query: also write all of it into this file.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Store to write; RUN/store/checkpoint-STEP unless told.")] = None,
     format: Annotated[Format, typer.Option(help="Of the rows: 8192, 4096 or 512 bytes at size 4096.")] = Format.int8,
     size: Annotated[int, typer.Option(help="Numbers of a sketch, a multiple of 16.")] = 4096,
@@ -124,44 +168,129 @@ def attribute(
     max_tokens: Annotated[int, typer.Option(help="Tokens of a batch.")] = 4096,
     resume: Annotated[bool, typer.Option("--resume", help="Go on after the last whole shard.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the sketch.")] = 0,
-    damping: Annotated[float, typer.Option(help="Of EK-FAC, as a share of the mean eigenvalue.")] = 0.1,
+    damping: Annotated[
+        float | None,
+        typer.Option(help="Of curvature, as a share of the mean eigenvalue.", show_default="0.1, or the method's own"),
+    ] = None,
     root: Annotated[Path | None, typer.Option(help="Folder that relative paths in the run file start from.")] = None,
     explain: Explain = False,
 ) -> None:
-    """Sketch the gradient of every sample at a checkpoint into a store, for `fastsft search`."""
-    given = {
-        "out": None if out is None else str(out),
-        "format": str(format),
-        "size": size,
-        "precondition": None if precondition == "none" else str(precondition),
-        "loss": str(loss),
-        "packing": packing,
-        "max_tokens": max_tokens,
-        "resume": resume,
-        "seed": seed,
-        "damping": damping,
-        "root": None if root is None else str(root),
-    }
-    every = checkpoint == "all"
-    named = int(checkpoint) if checkpoint.isdigit() else checkpoint
+    """Say which samples of a run helped and harmed a query; without one, store every sample's sketch for `search`.
+
+    With --query the samples are scored at once. Without it, the gradient of every sample at a checkpoint is sketched
+    into a store, which `fastsft search` asks as often as you like.
+    """
+    named = int(checkpoint) if checkpoint is not None and checkpoint.isdigit() else checkpoint
+    somewhere = {} if root is None else {"root": str(root)}
+    with _plain_errors():
+        _check_use(context, asks=query is not None)
+        if query is not None:
+            _answer(
+                run_dir,
+                query,
+                {
+                    "method": str(method or "ekfac"),
+                    "checkpoint": "all" if named is None else named,
+                    "top": top,
+                    "each": each,
+                    "tokens": tokens,
+                    "max_tokens": max_tokens,
+                    **({} if damping is None else {"damping": damping}),
+                    **somewhere,
+                },
+                by_source=by_source,
+                json_file=json_file,
+                explain=explain,
+            )
+            return
+        _store(
+            run_dir,
+            "last" if named is None else named,
+            {
+                "out": None if out is None else str(out),
+                "format": str(format),
+                "size": size,
+                "precondition": None if precondition == "none" else str(precondition),
+                "loss": str(loss),
+                "packing": packing,
+                "max_tokens": max_tokens,
+                "resume": resume,
+                "seed": seed,
+                "damping": 0.1 if damping is None else damping,
+                **somewhere,
+            },
+            explain=explain,
+        )
+
+
+# options of `attribute` that say how a store is written, and those that say how a query is answered
+_OF_STORE = ("out", "format", "size", "precondition", "loss", "packing", "resume", "seed")
+_OF_QUERY = ("method", "top", "each", "by_source", "tokens", "json_file")
+
+
+def _check_use(context: typer.Context, *, asks: bool) -> None:
+    """Refuse options that would be passed over."""
+    from fastsft.train import ConfigError
+
+    options = {each.name: each.opts[0] for each in context.command.params}
+    for name in _OF_STORE if asks else _OF_QUERY:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            if asks:
+                raise ConfigError(
+                    f"{options[name]} says how a store is written, and --query writes none: leave it out."
+                )
+            raise ConfigError(f"{options[name]} says how a query is answered: name a file of queries with --query.")
+    if context.params["tokens"] and context.params["json_file"] is None:
+        raise ConfigError("--tokens goes into the file of --json, which is not given: name one.")
+
+
+def _answer(
+    run_dir: Path, query: Path, given: dict[str, Any], *, by_source: bool, json_file: Path | None, explain: bool
+) -> None:
     if explain:
-        said = ", ".join(f"{key}={value!r}" for key, value in given.items() if value is not None or key != "root")
+        said = ", ".join(f"{key}={value!r}" for key, value in given.items())
+        typer.echo(
+            f"import fastsft.train\n\nfound = fastsft.attribute_queries({str(run_dir)!r}, {str(query)!r}, {said})"
+        )
+        typer.echo(f"print('\\n'.join(fastsft.train.answer_lines(found, by_source={by_source})))")
+        return
+    from fastsft.train import attribute_queries
+
+    _show(attribute_queries(run_dir, query, **given), by_source, json_file)
+
+
+def _store(run_dir: Path, checkpoint: int | str, given: dict[str, Any], *, explain: bool) -> None:
+    every = checkpoint == "all"
+    if explain:
+        said = ", ".join(f"{key}={value!r}" for key, value in given.items())
         typer.echo("import fastsft.train\n")
         if every:
             typer.echo(f"for step in fastsft.train.FinishedRun.open({str(run_dir)!r}).steps:")
-        step = "step" if every else repr(named)
+        step = "step" if every else repr(checkpoint)
         typer.echo(f"{'    ' * every}fastsft.attribute({str(run_dir)!r}, checkpoint={step}, {said})")
         return
     from fastsft.train import ConfigError, FinishedRun, attribute
 
-    with _plain_errors():
-        if every and out is not None:
-            raise ConfigError(
-                f"--out names one folder, and --checkpoint all writes a store each: got {out}. Leave it out."
-            )
-        for each in FinishedRun.open(run_dir, root=root).steps if every else [named]:
-            store = attribute(run_dir, checkpoint=each, **given)  # type: ignore[arg-type]
-            typer.echo(f"store: {store.path}, {len(store)} sketches of {store.size} numbers, {store.format}")
+    if every and given["out"] is not None:
+        raise ConfigError(
+            f"--out names one folder, and --checkpoint all writes a store each: got {given['out']}. Leave it out."
+        )
+    root = Path(given["root"]) if "root" in given else None
+    for each in FinishedRun.open(run_dir, root=root).steps if every else [checkpoint]:
+        store = attribute(run_dir, checkpoint=each, **given)
+        typer.echo(f"store: {store.path}, {len(store)} sketches of {store.size} numbers, {store.format}")
+
+
+def _show(answer: Any, by_source: bool, json_file: Path | None) -> None:
+    from fastsft.train import answer_lines
+
+    width = shutil.get_terminal_size((100, 24)).columns
+    for line in answer_lines(answer, width=width, by_source=by_source):
+        typer.echo(line)
+    if json_file is not None:
+        json_file.write_text(json.dumps(answer.as_dict(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        typer.echo(f"all of it: {json_file}")
 
 
 @app.command()
@@ -188,16 +317,38 @@ def search(
         typer.echo(f"import fastsft.train\n\nfound = fastsft.search_store({str(store)!r}, {str(query)!r}, {said})")
         typer.echo(f"print('\\n'.join(fastsft.train.answer_lines(found, by_source={by_source})))")
         return
-    from fastsft.train import answer_lines, search_store
+    from fastsft.train import search_store
 
     with _plain_errors():
         answer = search_store(store, query, **given)  # type: ignore[arg-type]
-    width = shutil.get_terminal_size((100, 24)).columns
-    for line in answer_lines(answer, width=width, by_source=by_source):
-        typer.echo(line)
-    if json_file is not None:
-        json_file.write_text(json.dumps(answer.as_dict(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        typer.echo(f"all of it: {json_file}")
+    _show(answer, by_source, json_file)
+
+
+@app.command()
+def evaluate(
+    run_dir: Annotated[Path, typer.Argument(help="Run directory of a finished `fastsft run`.")],
+    budget: Annotated[str, typer.Option(help="Wall time, as 90s, 30m or 2h; more narrows the intervals.")] = "30m",
+    methods: Annotated[str, typer.Option(help="To judge beside bm25, embedding and random.")] = "ekfac,grad_cos",
+    processes: Annotated[int, typer.Option(help="Retrainings at a time, a thread each.")] = 2,
+    removal: Annotated[bool, typer.Option("--removal", help="Also retrain without each method's top samples.")] = False,
+    root: Annotated[Path | None, typer.Option(help="Folder that relative paths in the run file start from.")] = None,
+    explain: Explain = False,
+) -> None:
+    """Say whether scores of a run's samples are any good: retrain on subsets, compare with BM25 and chance."""
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    given = {"methods": names, "budget": budget, "processes": processes, "with_removal": removal}
+    given |= {} if root is None else {"root": str(root)}
+    if explain:
+        said = ", ".join(f"{key}={value!r}" for key, value in given.items())
+        typer.echo("from fastsft.evaluate import evaluate\n\nif __name__ == '__main__':  # it spawns processes")
+        typer.echo(f"    print(evaluate({str(run_dir)!r}, {said}))")
+        return
+    from fastsft.evaluate import evaluate as evaluate_run
+
+    with _plain_errors():
+        found = evaluate_run(run_dir, say=typer.echo, **given)  # type: ignore[arg-type]
+    typer.echo(f"\n{found}")
+    typer.echo(f"all of it: {run_dir / 'evaluate' / 'evaluate.json'}")
 
 
 @app.command()
@@ -234,10 +385,13 @@ class _plain_errors:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         from fastsft.data import DataError
+        from fastsft.evaluate import EvaluationError
+        from fastsft.launch import LaunchError
         from fastsft.record import RecordError
         from fastsft.store import StoreError
         from fastsft.train import AttachError, ConfigError
 
-        if isinstance(error, AttachError | ConfigError | DataError | RecordError | StoreError):
+        mendable = AttachError, ConfigError, DataError, EvaluationError, LaunchError, RecordError, StoreError
+        if isinstance(error, mendable):
             typer.echo(f"fastsft: {' '.join(str(error).split())}", err=True)
             raise typer.Exit(2) from None

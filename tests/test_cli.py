@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import fastsft
 from fastsft import cli, ops
+from fastsft.attribution.methods.registry import METHODS
 from fastsft.record import Record
 from fastsft.store import Store
 from fastsft.train import FinishedRun
@@ -21,24 +22,41 @@ from tests.train._run_file import write_run_file
 
 COMMANDS = {
     "attribute": [
+        "--by-source",
         "--checkpoint",
         "--damping",
+        "--each",
         "--explain",
         "--format",
         "--help",
+        "--json",
         "--loss",
         "--max-tokens",
+        "--method",
         "--out",
         "--packing",
         "--precondition",
+        "--query",
         "--resume",
         "--root",
         "--seed",
         "--size",
+        "--tokens",
+        "--top",
         "run_dir",
     ],
     "demo": ["--explain", "--help", "--out", "--quick", "--seed"],
     "doctor": ["--explain", "--help"],
+    "evaluate": [
+        "--budget",
+        "--explain",
+        "--help",
+        "--methods",
+        "--processes",
+        "--removal",
+        "--root",
+        "run_dir",
+    ],
     "report": ["--explain", "--help", "--open", "--pictures", "run_dir"],
     "run": ["--explain", "--help", "--resume", "--root", "config"],
     "search": [
@@ -95,6 +113,13 @@ def test_commands_and_options_are_frozen():
         (["report", "runs/a", "--pictures", "p"], ["write_report('runs/a')", "write_pictures('runs/a', 'p')"]),
         (["doctor"], ["print(ops.backends())"]),
         (
+            ["evaluate", "runs/a", "--budget", "2h", "--methods", "ekfac,less", "--removal", "--root", "r"],
+            [
+                "if __name__ == '__main__':\n    print(evaluate('runs/a', methods=['ekfac', 'less'], budget='2h', "
+                "processes=2, with_removal=True, root='r'))"
+            ],
+        ),
+        (
             ["attribute", "runs/a", "--checkpoint", "100", "--root", "r"],
             [
                 "fastsft.attribute('runs/a', checkpoint=100, out=None, format='int8', size=4096, precondition='ekfac', "
@@ -107,6 +132,25 @@ def test_commands_and_options_are_frozen():
                 "for step in fastsft.train.FinishedRun.open('runs/a').steps:\n"
                 "    fastsft.attribute('runs/a', checkpoint=step, out=None, format='1bit', size=4096, "
                 "precondition=None, loss='sum', packing=False, max_tokens=4096, resume=True, seed=0, damping=0.1)"
+            ],
+        ),
+        (
+            ["attribute", "runs/a", "--query", "q.jsonl"],
+            [
+                "found = fastsft.attribute_queries('runs/a', 'q.jsonl', method='ekfac', checkpoint='all', top=20, "
+                "each=False, tokens=False, max_tokens=4096)",
+                "print('\\n'.join(fastsft.train.answer_lines(found, by_source=False)))",
+            ],
+        ),
+        (
+            [
+                *["attribute", "runs/a", "--query", "maths", "--method", "grad_cos", "--checkpoint", "20"],
+                *["--top", "3", "--each", "--tokens", "--json", "x", "--by-source", "--damping", "0.5", "--root", "r"],
+            ],
+            [
+                "found = fastsft.attribute_queries('runs/a', 'maths', method='grad_cos', checkpoint=20, top=3, "
+                "each=True, tokens=True, max_tokens=4096, damping=0.5, root='r')",
+                "print('\\n'.join(fastsft.train.answer_lines(found, by_source=True)))",
             ],
         ),
         (
@@ -207,6 +251,52 @@ def test_attribute_and_search_after_a_run(tmp_path):
     weights.write_bytes(weights.with_name("optimizer.pt").read_bytes())
     assert_one_sentence(call("search", store, "--query", query), "their digests differ")
     assert_one_sentence(call("search", tmp_path / "absent", "--query", query), "is not a store")
+
+
+def test_a_query_is_answered_at_once_after_a_run(tmp_path):
+    path = write_run_file(tmp_path, sections={"train": {"steps": 6, "save_every": 2}})
+    assert call("run", path, "--root", tmp_path).exit_code == 0
+    out, query = tmp_path / "out", tmp_path / "clouds.jsonl"
+    options = ["--top", 2, "--by-source", "--tokens", "--json", tmp_path / "found.json"]
+    result = call("attribute", out, "--query", query, "--method", "grad_dot", *options)
+    assert result.exit_code == 0, result.output
+    assert f"grad_dot at checkpoints 2, 4, 6 of {out}: 36 samples" in result.output
+    assert "score: nats per response token" in result.output
+    assert "36/36" in result.stderr  # the progress bar
+    found = json.loads((tmp_path / "found.json").read_text())
+    [answer] = found["answers"]
+    assert [len(answer[side]) for side in ("helpful", "harmful")] == [2, 2]
+    assert answer["helpful"][0]["id"] in result.output
+    assert answer["helpful"][0]["marked"][0]["score"] > 0 > answer["harmful"][0]["marked"][0]["score"]
+    assert max(answer["by_source"], key=lambda name: answer["by_source"][name]["mean"]) == "clouds"
+    assert not (out / "store").exists()
+
+    result = call("attribute", out, "--query", query, "--method", "bm25", "--top", 1)
+    assert "highest scores:" in result.output
+    assert "helpful" not in result.output
+    result = call("attribute", out, "--query", "maths", "--method", "in_run", "--top", 1)
+    assert "query: maths" in result.output
+
+    explained = call("attribute", out, "--query", query, "--method", "tracin", "--top", 1, "--explain").output
+    printed = subprocess.run([sys.executable, "-c", explained], capture_output=True, text=True, check=True, timeout=120)
+    assert f"tracin at checkpoints 2, 4, 6 of {out}" in printed.stdout
+
+    for options, words in (
+        (["--query", query, "--format", "int8"], "--format says how a store is written, and --query writes none"),
+        (["--method", "ekfac"], "--method says how a query is answered: name a file"),
+        (["--json", tmp_path / "x.json"], "--json says how a query is answered"),
+        (["--query", query, "--tokens"], "--tokens goes into the file of --json"),
+        (["--query", query, "--method", "random", "--damping", 0.1], "random has no setting `damping`"),
+        (["--query", query, "--damping", 0], "above 0"),
+        (["--query", query, "--checkpoint", 3], "name one of the steps 2, 4, 6"),
+        (["--query", tmp_path / "absent.jsonl"], "no such file"),
+        (["--query", query, "--method", "in_run"], "own abilities"),
+    ):
+        assert_one_sentence(call("attribute", out, *options), words)
+
+
+def test_every_method_can_be_named():
+    assert [str(each) for each in cli.Method] == list(METHODS)
 
 
 def test_what_a_user_can_mend_is_one_sentence(tmp_path):

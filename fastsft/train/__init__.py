@@ -4,6 +4,7 @@ from fastsft.record import versions
 from fastsft.train.attach import AttachError, Run, attach
 from fastsft.train.attribute import attribute, attribute_model
 from fastsft.train.config import ConfigError, RunConfig, load_config, parse_config
+from fastsft.train.estimate import Estimate, attribute_queries
 from fastsft.train.finished import FinishedRun
 from fastsft.train.hit_table import answer_lines
 from fastsft.train.loop import run
@@ -13,6 +14,7 @@ __all__ = [
     "Answer",
     "AttachError",
     "ConfigError",
+    "Estimate",
     "FinishedRun",
     "Run",
     "RunConfig",
@@ -20,6 +22,7 @@ __all__ = [
     "attach",
     "attribute",
     "attribute_model",
+    "attribute_queries",
     "load_config",
     "parse_config",
     "run",

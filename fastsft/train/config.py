@@ -54,6 +54,9 @@ class TrainConfig:
     precision: str = "fp32"
     gradient_checkpointing: bool = False
     save_every: int = 100
+    # checkpoints to keep, the newest; None: 2 of full weights, and all of LoRA, which are small; methods that
+    # score after the run read them
+    keep_checkpoints: int | None = None
     workers: int = 0
     seed: int = 0
 
@@ -70,8 +73,18 @@ class TrainConfig:
         for name in ("rank", "steps", "batch_size", "accumulation", "max_length", "save_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name} must be a whole number, at least 1: got {getattr(self, name)}.")
+        if self.keep_checkpoints is not None and self.keep_checkpoints < 1:
+            raise ConfigError(
+                f"train.keep_checkpoints must be at least 1, or nothing for all of LoRA and 2 of full weights: got "
+                f"{self.keep_checkpoints}."
+            )
         if self.learning_rate <= 0:
             raise ConfigError(f"train.learning_rate must be positive: got {self.learning_rate}.")
+
+    @property
+    def kept(self) -> int | None:
+        """How many checkpoints stay, or None for all."""
+        return self.keep_checkpoints if self.keep_checkpoints or self.method == "lora" else 2
 
 
 @dataclass(frozen=True, kw_only=True)

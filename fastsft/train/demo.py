@@ -55,7 +55,10 @@ def demo(out: str | Path, *, seed: int = 0, quick: bool = False, refresh_every: 
         sources=sources,
         targets=held_out,
         out=str(out),
-        train=TrainConfig(rank=8, steps=steps, learning_rate=2e-3, max_length=LONGEST, seed=seed, save_every=10**6),
+        # four checkpoints, for methods that score after the run
+        train=TrainConfig(
+            rank=8, steps=steps, learning_rate=2e-3, max_length=LONGEST, seed=seed, save_every=-(-steps // 4)
+        ),
         attribution=Attribution(refresh_every=refresh_every, seed=seed),
     )
     write_text(Path(out) / "planted.json", json.dumps(dataclasses.asdict(world.planted), indent=1))

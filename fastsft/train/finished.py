@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ from fastsft.train.config import ConfigError, RunConfig, parse_config
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from fastsft.attribution.methods import Checkpoint, Moments
+
 _WEIGHTS = ("adapter_model*", "model*.safetensors", "pytorch_model*.bin")
 # what `config.yaml` of a run directory says beside the run file
 _BESIDE = ("versions", "root")
@@ -30,6 +33,8 @@ class FinishedRun:
     out: Path
     config: RunConfig
     root: Path | None
+    # of the packages that trained it
+    versions: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def open(cls, out: str | Path, *, root: Path | None = None) -> FinishedRun:
@@ -47,7 +52,7 @@ class FinishedRun:
         beside = {key: written.pop(key, None) for key in _BESIDE}
         if root is None and beside["root"] is not None:
             root = out / beside["root"]  # an absolute one stands for itself
-        return cls(out=out, config=parse_config(written), root=root)
+        return cls(out=out, config=parse_config(written), root=root, versions=beside["versions"] or {})
 
     @property
     def steps(self) -> list[int]:
@@ -73,6 +78,36 @@ class FinishedRun:
                 f"name one of the steps {', '.join(map(str, steps))}, or 'last'."
             )
         return self.out / "checkpoints" / f"checkpoint-{step}"
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """The checkpoints that the run kept, in order, for methods that score after it.
+
+        weights: read when asked for. share: the learning rates of the steps since the checkpoint before it, summed.
+        about: step and learning_rate.
+        """
+        from fastsft.train.history import checkpoints_of
+
+        return checkpoints_of(self)
+
+    def check_moments(self, checkpoint: Path) -> None:
+        """Refuse a checkpoint that has no second moments."""
+        if self.config.train.optimizer != "adamw":
+            raise ConfigError(
+                f"{self.out} was trained with {self.config.train.optimizer}, which keeps no second moments: take "
+                f"'ekfac', which needs no optimizer."
+            )
+        if not (checkpoint / "optimizer.pt").exists():
+            raise ConfigError(
+                f"{checkpoint / 'optimizer.pt'} is missing, and the optimizer's second moments are in it: take "
+                f"'ekfac', which needs no optimizer, or another checkpoint."
+            )
+
+    def moments(self, model: PreTrainedModel, checkpoint: Path) -> Moments:
+        """Read the optimizer's moments at a checkpoint by the parameter names of `model`, the run's, loaded."""
+        from fastsft.attribution.methods._moments import moments_of
+
+        self.check_moments(checkpoint)
+        return moments_of(model, self.optimizer(model, checkpoint))
 
     @staticmethod
     def _weight_files(checkpoint: Path) -> list[Path]:

@@ -6,17 +6,21 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from fastsft.train.estimate import Estimate
 from fastsft.train.query import Answer
 
 _SIDES = {
     "helpful": "most helpful (training on them lowers the query's loss):",
     "harmful": "most harmful (training on them raises the query's loss):",
+    # of a baseline
+    "highest": "highest scores:",
+    "lowest": "lowest scores:",
 }
 
 
-def answer_lines(answer: Answer, *, width: int = 100, by_source: bool = False) -> Iterator[str]:
+def answer_lines(answer: Answer | Estimate, *, width: int = 100, by_source: bool = False) -> Iterator[str]:
     """Yield the tables of every query: the samples of both signs, and with `by_source` sums and means by source."""
-    yield f"{answer.store.path}: {len(answer.store)} rows"
+    yield answer.heading if isinstance(answer, Estimate) else f"{answer.store.path}: {len(answer.store)} rows"
     yield f"score: {answer.unit}"
     yield from answer.notes
     for number, query in enumerate(answer.queries):

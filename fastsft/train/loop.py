@@ -29,7 +29,7 @@ from fastsft.data import (
 from fastsft.record import Record, versions, write_text
 from fastsft.train.attach import Run, attach
 from fastsft.train.checkpoint import latest_checkpoint
-from fastsft.train.config import ConfigError, RunConfig, SourceConfig
+from fastsft.train.config import ConfigError, RunConfig, SourceConfig, TrainConfig
 from fastsft.train.samples import table_of_rows
 
 if TYPE_CHECKING:
@@ -169,12 +169,7 @@ def make_trainer(
 
     train = config.train
     if train.method == "lora" and not hasattr(model, "peft_config"):
-        from peft import LoraConfig, get_peft_model
-
-        torch.manual_seed(train.seed)
-        alpha = train.alpha if train.alpha is not None else 2.0 * train.rank
-        lora = LoraConfig(r=train.rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")  # type: ignore[arg-type]
-        model = get_peft_model(model, lora)  # type: ignore[assignment]
+        model = with_adapter(model, train)
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     # the newer name of the two; the older one warns where both are known
     name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
@@ -193,7 +188,7 @@ def make_trainer(
         bf16=train.precision == "bf16",
         **(checkpointing if train.gradient_checkpointing else {}),
         save_steps=train.save_every,
-        save_total_limit=2,
+        save_total_limit=train.kept,
         dataloader_num_workers=train.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),
@@ -213,6 +208,16 @@ def make_trainer(
         data_collator=Padding(pad_id, train.max_length if train.packing else None),
         processing_class=tokenizer,
     )
+
+
+def with_adapter(model: PreTrainedModel, train: TrainConfig) -> PreTrainedModel:
+    """Wrap a model in the run's LoRA by PEFT, drawn from the run's seed alone."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(train.seed)
+    alpha = train.alpha if train.alpha is not None else 2.0 * train.rank
+    lora = LoraConfig(r=train.rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")  # type: ignore[arg-type]
+    return get_peft_model(model, lora)  # type: ignore[return-value]
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -44,6 +44,8 @@ class EkFac(GradientMethod):
         super().__init__(batching=batching, direction_bytes=direction_bytes)
         if fisher not in ("empirical", "true"):
             raise ValueError(f"`fisher` must be 'empirical' or 'true': got {fisher!r}.")
+        if damping <= 0:
+            raise ValueError(f"`damping`, a share of each layer's mean eigenvalue, must be above 0: got {damping}.")
         self.fisher, self.damping, self.max_documents = fisher, damping, max_documents
         self.seed, self.keep_bytes = seed, keep_bytes
 
