@@ -1,13 +1,15 @@
 """Write README's benchmark tables from committed rows: `python -m benchmarks.table [--readme FILE]`.
 
-A table stands between `<!-- table:NAME -->` and `<!-- /table -->`; NAME is aims, rivals or gpu. Only rows in
-benchmarks/results/ are read: aims_cpu.jsonl, rivals_*.jsonl with system_index_build_cpu.jsonl, gpu_*.jsonl.
+A table stands between `<!-- table:NAME -->` and `<!-- /table -->`; NAME is aims, rivals, gpu or lds. Only rows in
+benchmarks/results/ are read: aims_cpu.jsonl, rivals_*.jsonl with system_index_build_cpu.jsonl, gpu_*.jsonl,
+lds_*.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,6 +19,8 @@ from benchmarks.harness import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
 NOT_MEASURED = "Not measured.\n"
+# of the table of LDS, in order
+SETTINGS = {"lora": "LoRA", "full": "full"}
 _TABLE = re.compile(r"(<!-- table:(\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 Row = dict[str, Any]
@@ -111,7 +115,62 @@ def gpu_table(results: Path) -> str:
     return markdown(head, lines) + signature(rows)
 
 
-TABLES: dict[str, Callable[[Path], str]] = {"aims": aims_table, "rivals": rivals_table, "gpu": gpu_table}
+def lds_table(results: Path) -> str:
+    """Every method's LDS with its 95 % interval, its share of the ceiling and what it is above BM25, by setting."""
+    rows = [row for row in read_rows(results, "lds_*.jsonl") if row["setting"] in SETTINGS]
+    ceilings = {row["setting"]: row for row in rows if row["method"] == "ceiling"}
+    settings = [setting for setting in SETTINGS if setting in ceilings]
+    if not settings:
+        return NOT_MEASURED
+    found: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        if row["method"] != "ceiling":
+            name = f"{row['method']} ({row['provider']})" if "provider" in row else row["method"]
+            found.setdefault(name, {})[row["setting"]] = row
+    # by the first setting; what was not measured there comes last
+    order = sorted(found, key=lambda name: [-_mean(found[name].get(setting)) for setting in settings])
+    lines = [[name, *(cell for setting in settings for cell in _lds_cells(found[name].get(setting)))] for name in order]
+    head = ["method"]
+    for setting in settings:
+        head += [f"{SETTINGS[setting]}: LDS (95 %)", "of ceiling", "minus BM25"]
+    about = "".join(_lds_setting(ceilings[setting]) for setting in settings)
+    return f"{about}\n{markdown(head, lines)}{signature(rows)}"
+
+
+def _lds_setting(row: Row) -> str:
+    """Say what a setting's truth was measured on."""
+    return (
+        f"- {SETTINGS[row['setting']]}: {row['samples']} samples, {row['queries']} queries, {row['subsets']} subsets "
+        f"with {row['seeds']} seeds; ceiling {between(row['lds'])}; training took {row['loss_drop']:.2f} nats a token "
+        f"off the queries' loss\n"
+    )
+
+
+def _lds_cells(row: Row | None) -> list[str]:
+    if row is None:
+        return ["", "", ""]
+    above = "" if row["minus_bm25"] is None else between(row["minus_bm25"], "+.2f")
+    # nan where the seeds are too few to tell a ceiling
+    share = row["of_ceiling"]
+    return [between(row["lds"]), "" if share is None or math.isnan(share) else f"{100 * share:.0f} %", above]
+
+
+def _mean(row: Row | None) -> float:
+    return -2.0 if row is None else row["lds"][0]
+
+
+def between(value: list[float], form: str = ".2f") -> str:
+    """Write a mean with the ends of its interval."""
+    mean, low, high = (format(each, form) for each in value)
+    return f"{mean} ({low} to {high})"
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "aims": aims_table,
+    "rivals": rivals_table,
+    "gpu": gpu_table,
+    "lds": lds_table,
+}
 
 
 def rewrite(text: str, results: Path = RESULTS) -> str:

@@ -266,6 +266,41 @@ def test_rivals_stand_beside_us_and_errors_are_told(tmp_path: Path) -> None:
     assert "| index_full | traker==0.3.2 | does not run here: not done after 9 s |" in found
 
 
+def lds_row(setting: str, method: str, lds: list[float], **told: object) -> dict[str, object]:
+    row = {"op": "system.lds", "setting": setting, "method": method, "lds": lds, "minus_bm25": [0.2, 0.1, 0.3]}
+    return row | {"of_ceiling": 0.5, "seconds": None} | told | SIGNED
+
+
+def test_the_table_of_lds_goes_by_the_first_setting_and_names_rivals(tmp_path: Path) -> None:
+    shape = {"samples": 480, "queries": 48, "subsets": 40, "seeds": 4, "loss_drop": 0.51}
+    lora = [
+        lds_row("lora", "bm25", [0.1, 0.0, 0.2], minus_bm25=None, of_ceiling=float("nan")),
+        lds_row("lora", "ekfac", [0.4, 0.3, 0.5]),
+        lds_row("lora", "ekfac", [0.3, -0.1, 0.4], provider="kronfluence==1.0.1"),
+        lds_row("lora", "ceiling", [0.8, 0.7, 0.9], **shape),
+        lds_row("world", "loss", [0.9, 0.8, 1.0]),
+    ]
+    full = [lds_row("full", "length", [0.9, 0.8, 1.0]), lds_row("full", "ceiling", [0.9, 0.9, 0.9], **shape)]
+    harness.write_rows(tmp_path / "lds_lora.jsonl", lora)
+    one = table.lds_table(tmp_path)
+    assert one.startswith(
+        "- LoRA: 480 samples, 48 queries, 40 subsets with 4 seeds; ceiling 0.80 (0.70 to 0.90); training took 0.51 "
+        "nats a token off the queries' loss\n\n| method | LoRA: LDS (95 %) | of ceiling | minus BM25 |\n"
+    )
+    harness.write_rows(tmp_path / "lds_full.jsonl", full)
+    both = table.lds_table(tmp_path)
+    columns = "LDS (95 %) | of ceiling | minus BM25 |"
+    assert f"| method | LoRA: {columns} full: {columns}\n" in both
+    assert [line.rstrip(" |") for line in both.splitlines() if line.startswith(("| ekfac", "| bm25", "| length"))] == [
+        "| ekfac | 0.40 (0.30 to 0.50) | 50 % | +0.20 (+0.10 to +0.30)",
+        "| ekfac (kronfluence==1.0.1) | 0.30 (-0.10 to 0.40) | 50 % | +0.20 (+0.10 to +0.30)",
+        "| bm25 | 0.10 (0.00 to 0.20)",
+        "| length |  |  |  | 0.90 (0.80 to 1.00) | 50 % | +0.20 (+0.10 to +0.30)",
+    ]
+    assert "loss" not in both.split("| method")[1]
+    assert both.endswith("\nMeasured on a machine; torch 2.13.0; 2026-01-01.\n")
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [

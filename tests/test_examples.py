@@ -5,16 +5,20 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 
+import fastsft
 from fastsft.train import load_config
+from tests.train._run_file import write_run_file
 
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("room", ["capturing", "ops", "sketch"])
+@pytest.mark.parametrize("room", ["attribution.methods", "capturing", "ops", "sketch", "store"])
 def test_the_example_of_a_room_runs(room: str) -> None:
     found = doctest.testmod(importlib.import_module(f"fastsft.{room}"))
     assert found.attempted > 1
@@ -30,8 +34,6 @@ def test_every_example_run_file_is_valid(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
 def test_every_example_script_uses_public_names_alone(path: Path) -> None:
-    import fastsft
-
     used = {
         node.attr
         for node in ast.walk(ast.parse(path.read_text()))
@@ -40,3 +42,17 @@ def test_every_example_script_uses_public_names_alone(path: Path) -> None:
     assert used
     assert used <= set(fastsft.__all__)
     assert all(getattr(fastsft, name) is not None for name in used)
+
+
+def test_the_scores_of_the_readme_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (block,) = [block for block in blocks if "fastsft.attribution.methods" in block]
+    path = write_run_file(tmp_path, sections={"train": {"steps": 2, "save_every": 1}}, out="runs/real")
+    fastsft.run(fastsft.load_config(path), root=tmp_path)
+    shutil.copy(tmp_path / "apples.jsonl", tmp_path / "train.jsonl")
+    shutil.copy(tmp_path / "maths.jsonl", tmp_path / "my.jsonl")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "README.md", "exec"), {})
+    assert "if the sample were removed (influence function) torch.Size([12, 4])" in capsys.readouterr().out

@@ -20,6 +20,7 @@ from fastsft.evaluate.truth import EvaluationError, Truth
 from fastsft.launch import launch
 from fastsft.record import versions
 from fastsft.train.finished import FinishedRun
+from fastsft.train.loop import model_places
 
 TRUTH, SOURCES = "truth.npz", "sources.npz"
 
@@ -73,7 +74,7 @@ def measure_truth(
     names = [f"subset-{number:03d}" for number in range(subsets)]
     options = {"processes": processes, "threads": threads, "deadline": deadline, "say": say}
     results = launch(WORK, plan.jobs(names, drawn, seeds), out, **options)  # type: ignore[arg-type]
-    about = {"digest": plan.digest(share=share, seed=seed), "share": share, "seed": seed}
+    about = {"digest": plan.truth_digest(share=share, seed=seed), "share": share, "seed": seed}
     truth = plan.truth(names, drawn, seeds, results, about)
     truth.save(Path(out) / TRUTH)
     return truth
@@ -83,7 +84,7 @@ def stored_truth(plan: Plan, out: str | Path, *, share: float, seed: int) -> Tru
     """Read what an earlier call measured of the same run with the same settings; None where there is no such file."""
     path = Path(out) / TRUTH
     truth = Truth.load(path) if path.exists() else None
-    return truth if truth is not None and truth.about["digest"] == plan.digest(share=share, seed=seed) else None
+    return truth if truth is not None and truth.about["digest"] == plan.truth_digest(share=share, seed=seed) else None
 
 
 def leave_source_out(
@@ -111,7 +112,7 @@ def leave_source_out(
     names = [f"without-{source}" for source in sources]
     options = {"processes": processes, "threads": threads, "deadline": deadline, "say": say}
     results = launch(WORK, plan.jobs(names, kept, seeds), out, **options)  # type: ignore[arg-type]
-    about = {"digest": plan.digest(left_out=sources), "left_out": sources}
+    about = {"digest": plan.truth_digest(left_out=sources), "left_out": sources}
     truth = plan.truth(names, kept, seeds, results, about)
     truth.save(Path(out) / SOURCES)
     return truth
@@ -147,18 +148,27 @@ class Plan:
         return self.study.queries(self.queries_per_target)
 
     @cached_property
-    def own_digest(self) -> str:
-        return self.digest()
-
-    def digest(self, **settings: Any) -> str:
-        """Name the run's settings, weights and rows, and what is asked of it, by 64 hex digits."""
+    def digest(self) -> str:
+        """Name by 64 hex digits all that a retraining depends on: the run's settings, its rows and queries, and the
+        base model's weights (its name alone where it is of the hub). What the run itself became is no part of it."""
         finished = FinishedRun.open(self.run, root=self.root)
         config = {key: value for key, value in finished.config.as_dict().items() if key not in ("out", "attribution")}
-        weights = finished.digest(finished.checkpoint("last"))
-        found = hashlib.sha256(json.dumps([config, weights, settings], sort_keys=True).encode())
+        base = next((place for place in model_places(finished.config.model, finished.root) if place.is_dir()), None)
+        weights = None if base is None else finished.digest(base)
+        found = hashlib.sha256(json.dumps([config, weights], sort_keys=True).encode())
         for row in [*self.study.prepared.rows, *(query.row for query in self.queries)]:
             found.update(json.dumps([row.id, row.source, row.input_ids, row.labels]).encode())
         return found.hexdigest()
+
+    @cached_property
+    def trained_digest(self) -> str:
+        """Name what scores of the run depend on: all that, and the weights of its last checkpoint."""
+        finished = FinishedRun.open(self.run, root=self.root)
+        return _with(self.digest, weights=finished.digest(finished.checkpoint("last")))
+
+    def truth_digest(self, **settings: Any) -> str:
+        """Name a truth of the run, measured with settings of its own."""
+        return _with(self.digest, **settings)
 
     def job(self, keep: Sequence[str] | None, seed: int) -> dict[str, Any]:
         """One retraining; `seed` counts from the run's own. The digest tells its result from that of a changed run."""
@@ -168,7 +178,7 @@ class Plan:
             "keep": None if keep is None else list(keep),
             "seed": self.study.config.train.seed + seed,
             "queries": self.queries_per_target,
-            "digest": self.own_digest,
+            "digest": self.digest,
         }
 
     def jobs(self, names: Sequence[str], kept: Tensor, seeds: int) -> dict[str, dict[str, Any]]:
@@ -214,3 +224,7 @@ class Plan:
                 "versions": versions(),
             },
         )
+
+
+def _with(digest: str, **told: Any) -> str:
+    return hashlib.sha256(json.dumps([digest, told], sort_keys=True).encode()).hexdigest()

@@ -13,8 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fastsft.attribution.methods import Checkpoint, Method, Moments
-from fastsft.attribution.methods._base import Targets
+from fastsft.attribution.methods import Checkpoint, Method, Moments, Targets
 from fastsft.data import Row
 from fastsft.evaluate.finding import check_matrix, mean_of
 from fastsft.evaluate.intervals import Value

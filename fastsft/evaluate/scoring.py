@@ -21,7 +21,7 @@ from fastsft.attribution.methods.registry import entry
 from fastsft.evaluate.measure import Plan
 from fastsft.evaluate.truth import EvaluationError
 from fastsft.sketch.passes import Batching
-from fastsft.store._files import write_whole
+from fastsft.store import write_whole
 from fastsft.train.config import ConfigError
 from fastsft.train.finished import FinishedRun
 from fastsft.train.scoring import check_method, decoder, fitted, places_of
@@ -50,7 +50,7 @@ class Scorer:
     def score(self, name: str) -> Tensor:
         """Score by one method -> [N, Q], or [N, A] by one that knows the run's abilities only; float32."""
         path = self.folder / f"{name}.npz"
-        kept = _kept(path, self.plan.own_digest)
+        kept = _kept(path, self.plan.trained_digest)
         if kept is not None:
             return kept
         start = time.perf_counter()
@@ -69,7 +69,7 @@ class Scorer:
                 f"{int(torch.isfinite(matrix).all(1).sum())} such rows."
             )
         file = io.BytesIO()
-        np.savez_compressed(file, digest=self.plan.own_digest, scores=matrix.numpy(), unit=found.unit)
+        np.savez_compressed(file, digest=self.plan.trained_digest, scores=matrix.numpy(), unit=found.unit)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(path, [file.getvalue()])
         self.say(f"scored by {name} in {time.perf_counter() - start:.1f} s")

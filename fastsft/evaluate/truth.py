@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastsft.evaluate.intervals import Value, between, crossed_draws, spearman_draws, weighted_mean
-from fastsft.store._files import write_whole
+from fastsft.store import write_whole
 
 SCHEMA = 1
 _ARRAYS = ("tokens", "subsets", "losses", "base", "full")

@@ -16,7 +16,7 @@ from fastsft.ops._sjlt import derived_seed
 # Where kind "factored" leaves a side as it is.
 NARROW = 256
 # Salts of the seeds of the sides, by kind; the sketch of a product has the seed itself.
-_FACTORED_X, _FACTORED_DY, _KRONECKER_X, _KRONECKER_DY = 1, 2, 3, 4
+_FACTORED_X, _FACTORED_DY, KRONECKER_X, KRONECKER_DY = 1, 2, 3, 4
 
 AddSjlt = Callable[[Job], None]
 CountSketch = Callable[[Tensor, int, int], Tensor]
@@ -42,7 +42,7 @@ def run_cuda(job: Job) -> None:
     if job.kind == "factored":
         cuda.add_factored(job, NARROW, (_FACTORED_X, _FACTORED_DY))
     else:
-        cuda.add_kronecker(job, (_KRONECKER_X, _KRONECKER_DY))
+        cuda.add_kronecker(job, (KRONECKER_X, KRONECKER_DY))
 
 
 def _run(job: Job, add_sjlt: AddSjlt, count_sketch: CountSketch) -> None:
@@ -75,6 +75,6 @@ def _narrowed(job: Job, count_sketch: CountSketch) -> Job:
 
 def _add_kronecker(job: Job) -> None:
     k_o, k_i = sides.kronecker_sides(job.out.shape[1], job.dy.shape[1], job.x.shape[1])
-    x = sides.project_side(job.x, k_i, derived_seed(job.seed, _KRONECKER_X))
-    dy = sides.project_side(job.dy, k_o, derived_seed(job.seed, _KRONECKER_DY))
+    x = sides.project_side(job.x, k_i, derived_seed(job.seed, KRONECKER_X))
+    dy = sides.project_side(job.dy, k_o, derived_seed(job.seed, KRONECKER_DY))
     job.out.add_(materialise(x, dy, job.offsets).flatten(1))

@@ -146,7 +146,7 @@ def _summed_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Sum weights[b, t] * -log p(labels[b, t]) over supervised t > 0."""
     places = (batch.labels[:, 1:] != IGNORED).nonzero()  # [N, 2]: logits at t predict the label at t + 1
     lines, columns = places.to(batch.inputs["input_ids"].device).unbind(1)
-    with _head_sees(model, lines, columns) as gathered:
+    with head_sees(model, lines, columns) as gathered:
         logits = model(**batch.inputs, use_cache=False).logits
     logits = logits[0] if gathered else logits[lines, columns]  # [N, V]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -172,7 +172,7 @@ def _sampled(logits: Tensor, draws: Tensor) -> Tensor:
 
 
 @contextmanager
-def _head_sees(model: nn.Module, lines: Tensor, columns: Tensor) -> Iterator[list[bool]]:
+def head_sees(model: nn.Module, lines: Tensor, columns: Tensor) -> Iterator[list[bool]]:
     """Hand the output embedding only the hidden states of given tokens: prompts and padding need no logits.
 
     The list that is yielded is no longer empty once it did so; it stays empty for a model that names no such layer.

@@ -11,11 +11,22 @@
 (2, ['a', 'b'], torch.Size([1, 64]))
 """
 
-from fastsft.store._files import StoreError
+from fastsft.store._files import StoreError, write_whole
 from fastsft.store.manifest import is_store
 from fastsft.store.merge import merge
 from fastsft.store.reader import Store
 from fastsft.store.scan import Found, Hit, search
 from fastsft.store.writer import StoreWriter, rank_folder
 
-__all__ = ["Found", "Hit", "Store", "StoreError", "StoreWriter", "is_store", "merge", "rank_folder", "search"]
+__all__ = [
+    "Found",
+    "Hit",
+    "Store",
+    "StoreError",
+    "StoreWriter",
+    "is_store",
+    "merge",
+    "rank_folder",
+    "search",
+    "write_whole",
+]

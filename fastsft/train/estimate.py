@@ -18,7 +18,7 @@ from fastsft.sketch.passes import Batching
 from fastsft.train.config import ConfigError
 from fastsft.train.finished import FinishedRun
 from fastsft.train.loop import prepare
-from fastsft.train.query import _texts
+from fastsft.train.query import texts_of
 from fastsft.train.scoring import check_method, decoder, fitted, places_of, plainly
 
 ALL = "all queries together"
@@ -155,7 +155,7 @@ def attribute_queries(
         is_baseline=known.is_baseline,
     )
     hits = [hit for number in range(len(found.queries)) for side in found.hits(number).values() for hit in side]
-    texts = _texts(run, {hit["id"] for hit in hits}, notes)
+    texts = texts_of(run, {hit["id"] for hit in hits}, notes)
     marks = _marks(found, made, targets, prepared.rows, tokenizer) if tokens else {}
     return replace(found, texts=texts, marks=marks)
 

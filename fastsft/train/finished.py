@@ -104,7 +104,7 @@ class FinishedRun:
 
     def moments(self, model: PreTrainedModel, checkpoint: Path) -> Moments:
         """Read the optimizer's moments at a checkpoint by the parameter names of `model`, the run's, loaded."""
-        from fastsft.attribution.methods._moments import moments_of
+        from fastsft.attribution.methods import moments_of
 
         self.check_moments(checkpoint)
         return moments_of(model, self.optimizer(model, checkpoint))

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastsft.attribution.methods import Checkpoint
-from fastsft.attribution.methods._replay import Schedule
+from fastsft.attribution.methods import Checkpoint, Schedule
 from fastsft.data import Row
 from fastsft.record import Record, versions
 from fastsft.train.config import ConfigError, TrainConfig

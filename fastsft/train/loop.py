@@ -68,11 +68,16 @@ def run(config: RunConfig, *, root: Path | None = None, resume: bool = False) ->
     return fine_tune(config, prepared, model, tokenizer, out=out, checkpoint=checkpoint, root=home)
 
 
+def model_places(name: str, root: Path | None) -> list[Path]:
+    """Where a model's folder is looked for, before its name is taken for a hub id."""
+    return [Path(folder) / name for folder in (root, os.environ.get("FASTSFT_DATA"), ".") if folder]
+
+
 def load_model(name: str, root: Path | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer from a folder (looked up like data) or the hub."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    places = [Path(folder) / name for folder in (root, os.environ.get("FASTSFT_DATA"), ".") if folder]
+    places = model_places(name, root)
     place = next((str(folder) for folder in places if folder.is_dir()), name)  # else a hub id
     try:
         model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)

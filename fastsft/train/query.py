@@ -113,7 +113,7 @@ def search_store(
     found = search(opened, torch.cat([mean, taken]) if each else mean, top)
     names = [MEAN, *(row.id for row in cut.rows)] if each else [MEAN]
     answer = Answer(store=opened, queries=names, found=found, unit=unit_of(opened), notes=notes)
-    texts = _texts(finished, _ids_of(answer), notes)
+    texts = texts_of(finished, _ids_of(answer), notes)
     return Answer(store=opened, queries=names, found=found, unit=answer.unit, notes=notes, texts=texts)
 
 
@@ -165,10 +165,10 @@ def _sketches(store: Store, run: FinishedRun, checkpoint: Path, model: Any, rows
         whitening = _scale_of(run.optimizer(model, checkpoint), model, store.about["layers"])
     elif spec.precondition is not None:
         whitening = Whitening.load(store.file(WHITENING))
-    return _in_order(model, rows, spec, whitening, loss, pad_id)
+    return sketches_of(model, rows, spec, whitening, loss, pad_id)
 
 
-def _in_order(
+def sketches_of(
     model: Any, rows: Sequence[Row], spec: SketchSpec, whitening: Whitening | None, loss: Loss, pad_id: int
 ) -> Tensor:
     sketches: dict[str, Tensor] = {}
@@ -193,7 +193,7 @@ def _ids_of(answer: Answer) -> set[str]:
     return {hit["id"] for sides in hits for side in sides.values() for hit in side}
 
 
-def _texts(run: FinishedRun, ids: set[str], notes: list[str]) -> dict[str, tuple[str, str]]:
+def texts_of(run: FinishedRun, ids: set[str], notes: list[str]) -> dict[str, tuple[str, str]]:
     """Look up samples in the run's record, and those it never drew in its sources."""
     table = Record(run.out).samples().to_pylist()
     texts = {row["id"]: (row["prompt"], row["response"]) for row in table if row["id"] in ids}

@@ -48,15 +48,12 @@ def check_method(
 ) -> None:
     """Refuse what would be refused later, after the model was loaded."""
     known = entry(method)
-    if settings.get("damping", 1.0) <= 0:
-        raise ConfigError(f"`damping`, a share of the mean eigenvalue, must be above 0: got {settings['damping']}.")
     if tokens and not known.tokens:
         raise ConfigError(f"{method} scores whole samples only: ask without tokens, or take ekfac or grad_dot.")
+    plainly(make, method, decode=str, run_dir=run.out, moments=(), schedule=(), **settings)
     if "schedule" in known.needs:
         batches_of(run)
         initial(run)
-    else:
-        plainly(make, method, decode=str, run_dir=run.out, moments=(), **settings)
     if "moments" in known.needs:
         for place in places:
             run.check_moments(place)

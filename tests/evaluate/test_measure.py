@@ -1,9 +1,12 @@
 """Measuring: which retrainings are asked for, and what becomes of their results."""
 
+import shutil
+
 import pytest
 import torch
 
 from fastsft.evaluate import EvaluationError, leave_source_out, measure_truth
+from fastsft.evaluate.measure import Plan
 
 
 def quiet(line):
@@ -65,6 +68,30 @@ def test_leaving_out_a_source(tiny_run, linear_retraining, tmp_path):
     assert (truth.losses[:, 0, 2] - truth.full[0, 2]).tolist() == pytest.approx(lost)
     assert (tmp_path / "sources.npz").exists()
     assert truth.grouped().losses.shape == (3, 1, 2)
+
+
+def test_a_truth_depends_on_the_base_weights_and_scores_on_the_trained_ones_too(tiny_run, tmp_path):
+    shutil.copytree(tiny_run.parent, tmp_path / "copy")
+    run = tmp_path / "copy/out"
+
+    def digests():
+        plan = Plan.of(run, 4, tmp_path / "copy")
+        assert plan.job(None, 0)["digest"] == plan.digest
+        return plan.digest, plan.truth_digest(share=0.5), plan.trained_digest
+
+    def change(path):
+        path.write_bytes(path.read_bytes() + b" ")
+
+    first = digests()
+    assert len(set(first)) == 3
+    change(run / "checkpoints/checkpoint-3/adapter_model.safetensors")
+    assert digests() == first
+    change(run / "checkpoints/checkpoint-6/adapter_model.safetensors")
+    trained_anew = digests()
+    assert trained_anew[:2] == first[:2]
+    assert trained_anew[2] != first[2]
+    change(tmp_path / "copy/model/model.safetensors")
+    assert not set(digests()) & {*first, *trained_anew}
 
 
 def test_shares_that_leave_nothing_are_refused(tiny_run, linear_retraining, tmp_path):

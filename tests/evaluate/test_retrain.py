@@ -1,5 +1,8 @@
 """Retraining: on all samples it is the run again, on some it is the run that had only these, and it leaves no trace."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import yaml
@@ -23,6 +26,13 @@ def losses_of(run):
     model, _, pad_id = finished.load(finished.checkpoint())
     queries = study_of(str(run), None).queries(None)
     return query_losses(model, [query.row for query in queries], pad_id).tolist()
+
+
+def test_what_a_worker_imports_is_light():
+    heavy = ["scipy", "sklearn", "altair", "datasets", "typer", "jinja2", "triton", "trl"]
+    code = f"import sys, fastsft.evaluate.retrain; print([name for name in {heavy} if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
 
 
 def test_on_all_samples_it_is_the_run_again(tiny_run):

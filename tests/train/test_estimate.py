@@ -14,6 +14,7 @@ from fastsft.sketch.passes import Batching
 from fastsft.train import ConfigError, FinishedRun, answer_lines
 from fastsft.train.estimate import ALL
 from fastsft.train.loop import prepare
+from fastsft.train.scoring import check_method
 from tests.train._run_file import write_rows, write_run_file
 from tests.train._support import SOURCES, influence_of, make_rows
 
@@ -164,8 +165,9 @@ def no_loading(monkeypatch):
     [
         ({"method": "ekfak"}, "no method 'ekfak': did you mean 'ekfac'"),
         ({"method": "length", "damping": 0.1}, "length has no setting `damping`"),
-        ({"damping": -1.0}, "`damping`, a share of the mean eigenvalue, must be above 0: got -1.0"),
+        ({"damping": -1.0}, "`damping`, a share of each layer's mean eigenvalue, must be above 0: got -1.0"),
         ({"method": "logra", "size": 7}, "size"),
+        ({"method": "unrolled", "smooth": -1.0}, "`smooth` of 0 or more"),
         ({"top": 0}, "`top` and `max_tokens` must be at least 1: got 0"),
         ({"checkpoint": 5}, "there is no checkpoint 5 in .*: name one of the steps 4, 8, 12"),
         ({"method": "unrolled", "checkpoint": 4}, "unrolled looks at the whole run"),
@@ -178,6 +180,10 @@ def no_loading(monkeypatch):
 def test_what_cannot_be_is_one_sentence_before_a_model_is_loaded(run_dir, file, no_loading, given, words):
     with pytest.raises(ConfigError, match=words):
         fastsft.attribute_queries(run_dir, file, **given)
+
+
+def test_what_a_method_allows_is_not_refused(run_dir):
+    check_method(FinishedRun.open(run_dir), "trak", {"damping": 0.0}, [], names=[], tokens=False)
 
 
 def test_what_is_missing_on_disk_is_said_before_a_model_is_loaded(run_dir, file, tmp_path, no_loading):

@@ -10,7 +10,7 @@
 torch.Size([2, 1])
 """
 
-from fastsft.attribution.methods._base import Method, Moments, Queries
+from fastsft.attribution.methods._base import Method, Moments, Queries, Targets
 from fastsft.attribution.methods._checkpoints import Checkpoint
 from fastsft.attribution.methods._moments import moments_of, read_moments
 from fastsft.attribution.methods._replay import Schedule
@@ -58,6 +58,7 @@ __all__ = [
     "Schedule",
     "Scores",
     "Summary",
+    "Targets",
     "Top",
     "TracIn",
     "Trak",

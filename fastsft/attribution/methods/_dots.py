@@ -1,17 +1,19 @@
-"""Dot each document's gradient with few or many directions, and square it, while a backward pass shows it."""
+"""Each document's gradient of a layer while a backward pass shows it: dotted, squared, or formed whole."""
 
 # T tokens, D documents, O outputs, I inputs, A directions
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastsft import ops
 from fastsft.attribution.methods._base import Per
 from fastsft.capturing import Documents, Layer
+from fastsft.data import Row
+from fastsft.sketch.passes import Batching, attribution_only, make_batch, run_batch
 
 # From so many directions on a GEMM with the documents' gradients is quicker than the fused pass, which reads every
 # direction anew for every document. One thread, 32 documents of 128 tokens, [O, I] of [8, 256], [256, 8], [256, 256],
@@ -19,6 +21,8 @@ from fastsft.capturing import Documents, Layer
 _MANY = 12
 # numbers of documents' gradients that exist at once. CPU: 0.5 to 4 million did not differ, more is slower.
 _FORMED = {"cpu": 2**20, "cuda": 2**26}
+# the same where they are formed whole, some documents at a time
+_PRODUCTS = 8 * 2**20
 
 
 class Dots:
@@ -85,3 +89,43 @@ def formed_dots(
         if found is not None and flat is not None:
             found.addmm_(grads, flat[:, start * I : start * I + grads.shape[1]].T)
     return found
+
+
+def sweep(
+    model: nn.Module,
+    batches: Sequence[Sequence[Row]],
+    batching: Batching,
+    see: Callable[[Layer, Tensor, Tensor, Tensor], None],
+) -> Iterator[Sequence[Row]]:
+    """Show `see` every followed layer's x [T, I], dy [T, O] and document offsets, of each row's own loss; yield each
+    batch when it is through. A layer that is used twice in a pass, where no one product is a row's gradient, is
+    refused."""
+    if not batches:
+        raise ValueError("`samples` is empty, and this method learns from them: give the run's training rows.")
+    layers: Sequence[Layer] = ()
+    seen: set[int] = set()
+
+    def sink(index: int, x: Tensor, dy: Tensor, documents: Documents) -> None:
+        if index in seen:
+            raise ValueError(
+                f"{layers[index].name} was used twice in a pass, and this method takes a layer's gradient from one "
+                f"use: freeze that layer, or use a method of plain dot products (grad_dot, tracin)."
+            )
+        seen.add(index)
+        see(layers[index], x, dy, documents.offsets)
+
+    with attribution_only(model, sink) as capture:
+        layers = capture.layers
+        for batch in batches:
+            seen.clear()
+            run_batch(model, capture, make_batch(batch, batching, layers[0].weight.device))
+            yield batch
+
+
+def products(x: Tensor, dy: Tensor, offsets: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Form the documents' gradients, a bounded number at a time: which documents, and [d, O, I]."""
+    D = len(offsets) - 1
+    step = max(1, _PRODUCTS // (x.shape[1] * dy.shape[1]))
+    for start in range(0, D, step):
+        some = slice(start, min(D, start + step))
+        yield some, ops.document_grads(x, dy, offsets[some.start : some.stop + 1])

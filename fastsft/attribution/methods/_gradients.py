@@ -74,6 +74,10 @@ class GradientMethod:
         """Learn P from `self.samples` at the weights that `self.model` has now; identity unless told."""
         return lambda directions: directions
 
+    def query_directions(self, queries: Queries) -> Directions:
+        """What `turn`'s map is given at the model's weights: the gradient of every query's loss."""
+        return query_gradients(self.model, queries, self.batching)
+
     def score(self, targets: Targets, *, per: Per = "sample") -> Scores:
         """Score every sample (and token) for every query."""
         queries = Queries.of(targets)
@@ -102,7 +106,7 @@ class GradientMethod:
         with restored(self.model):
             for checkpoint, turn in zip(self.checkpoints, self.turns, strict=True):
                 load(self.model, checkpoint)
-                directions.append(turn(query_gradients(self.model, queries, self.batching)))
+                directions.append(turn(self.query_directions(queries)))
         for batches in chunks(self.batching.plan(self.samples), self.samples):
             # between blocks the model is the caller's: an iteration may stop, or run beside another
             with restored(self.model):

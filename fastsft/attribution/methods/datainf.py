@@ -4,20 +4,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastsft import ops
 from fastsft.attribution.methods._base import Moments
+from fastsft.attribution.methods._dots import products, sweep
 from fastsft.attribution.methods._gradients import Directions, GradientMethod, Turn
-from fastsft.capturing import Documents, Layer
-from fastsft.data import Row
-from fastsft.sketch.passes import Batching, attribution_only, make_batch, run_batch
-
-# numbers of per-document gradients that exist at once
-_CHUNK = 8 * 2**20
+from fastsft.capturing import Layer
+from fastsft.sketch.passes import Batching
 
 
 class DataInf(GradientMethod):
@@ -76,43 +70,3 @@ class DataInf(GradientMethod):
             name: (directions[name] - total / N) / (lambdas[name] * N) if lambdas.get(name) else total
             for name, total in sums.items()
         }
-
-
-def sweep(
-    model: nn.Module,
-    batches: Sequence[Sequence[Row]],
-    batching: Batching,
-    see: Callable[[Layer, Tensor, Tensor, Tensor], None],
-) -> Iterator[Sequence[Row]]:
-    """Show `see` every followed layer's x [T, I], dy [T, O] and document offsets, of each row's own loss; yield each
-    batch when it is through. A layer that is used twice in a pass, where no one product is a row's gradient, is
-    refused."""
-    if not batches:
-        raise ValueError("`samples` is empty, and this method learns from them: give the run's training rows.")
-    layers: Sequence[Layer] = ()
-    seen: set[int] = set()
-
-    def sink(index: int, x: Tensor, dy: Tensor, documents: Documents) -> None:
-        if index in seen:
-            raise ValueError(
-                f"{layers[index].name} was used twice in a pass, and this method takes a layer's gradient from one "
-                f"use: freeze that layer, or use a method of plain dot products (grad_dot, tracin)."
-            )
-        seen.add(index)
-        see(layers[index], x, dy, documents.offsets)
-
-    with attribution_only(model, sink) as capture:
-        layers = capture.layers
-        for batch in batches:
-            seen.clear()
-            run_batch(model, capture, make_batch(batch, batching, layers[0].weight.device))
-            yield batch
-
-
-def products(x: Tensor, dy: Tensor, offsets: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Form the documents' gradients, a bounded number at a time: which documents, and [d, O, I]."""
-    D = len(offsets) - 1
-    step = max(1, _CHUNK // (x.shape[1] * dy.shape[1]))
-    for start in range(0, D, step):
-        some = slice(start, min(D, start + step))
-        yield some, ops.document_grads(x, dy, offsets[some.start : some.stop + 1])

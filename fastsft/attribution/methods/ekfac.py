@@ -4,13 +4,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from fastsft.attribution.methods._base import Moments
 from fastsft.attribution.methods._gradients import Directions, GradientMethod, Turn
-from fastsft.sketch.curvature import fit_whitening
+from fastsft.data import Row
+from fastsft.sketch import SketchSpec, Whitening, fit_whitening
 from fastsft.sketch.passes import Batching
-from fastsft.sketch.spec import SketchSpec
 
 Fisher = Literal["empirical", "true"]
 
@@ -46,14 +47,16 @@ class EkFac(GradientMethod):
             raise ValueError(f"`fisher` must be 'empirical' or 'true': got {fisher!r}.")
         if damping <= 0:
             raise ValueError(f"`damping`, a share of each layer's mean eigenvalue, must be above 0: got {damping}.")
+        if max_documents is not None and max_documents < 1:
+            raise ValueError(f"`max_documents` must be 1 or more, or None for all samples: got {max_documents}.")
         self.fisher, self.damping, self.max_documents = fisher, damping, max_documents
         self.seed, self.keep_bytes = seed, keep_bytes
 
-    def turn(self, moments: Moments | None) -> Turn:
-        """Fit P on the samples at the model's weights."""
-        whitening = fit_whitening(
+    def whitening(self, rows: Sequence[Row]) -> Whitening:
+        """Fit P on rows at the model's weights."""
+        return fit_whitening(
             self.model,
-            self.samples,
+            rows,
             SketchSpec(precondition="ekfac"),
             self.max_documents,
             self.damping,
@@ -65,7 +68,10 @@ class EkFac(GradientMethod):
             seed=self.seed,
             keep_bytes=self.keep_bytes,
         )
-        number = len(self.samples)
+
+    def turn(self, moments: Moments | None) -> Turn:
+        """Fit P on the samples at the model's weights."""
+        whitening, number = self.whitening(self.samples), len(self.samples)
 
         def turned(directions: Directions) -> Directions:
             return {

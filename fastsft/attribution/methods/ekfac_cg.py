@@ -11,15 +11,16 @@ from torch import Tensor
 
 from fastsft.attribution.methods._base import Moments
 from fastsft.attribution.methods._curvature_products import ggn_products, twice_differentiable
-from fastsft.attribution.methods._gradients import Directions, GradientMethod, Turn
+from fastsft.attribution.methods._gradients import Directions, Turn
+from fastsft.attribution.methods.ekfac import EkFac
 from fastsft.data import Row
-from fastsft.sketch import SketchSpec, Whitening, fit_whitening
+from fastsft.sketch import Whitening
 from fastsft.sketch.passes import Batching, make_batch
 
 Product = Callable[[Tensor], Tensor]
 
 
-class EkFacCg(GradientMethod):
+class EkFacCg(EkFac):
     """score(i, q) = 1/N <v_q, g_i>,  (H + damping) v_q = g_q, solved by `iterations` of conjugate gradient.
 
     H: Gauss-Newton matrix of the samples' mean loss by the followed weights, exact products over all samples or
@@ -45,14 +46,12 @@ class EkFacCg(GradientMethod):
         batching: Batching | None = None,
         direction_bytes: int = 2**31,
     ) -> None:
-        super().__init__(batching=batching, direction_bytes=direction_bytes)
-        if iterations < 0 or damping <= 0 or (max_documents is not None and max_documents < 1):
-            raise ValueError(
-                f"EkFacCg needs `iterations` of 0 or more, `damping` above 0 and `max_documents` of 1 or more (or "
-                f"None for all): got {iterations}, {damping} and {max_documents}."
-            )
-        self.iterations, self.damping, self.max_documents = iterations, damping, max_documents
-        self.product_bytes = product_bytes
+        super().__init__(
+            damping=damping, max_documents=max_documents, batching=batching, direction_bytes=direction_bytes
+        )
+        if iterations < 0:
+            raise ValueError(f"`iterations` of conjugate gradient must be 0 or more: got {iterations}.")
+        self.iterations, self.product_bytes = iterations, product_bytes
         self.residuals: dict[str, Tensor] = {}
 
     def _queries_at_once(self) -> int:
@@ -63,17 +62,7 @@ class EkFacCg(GradientMethod):
         checkpoint, number = self.checkpoints[len(self.turns)].name, len(self.samples)
         documents = number if self.max_documents is None else min(number, self.max_documents)
         chosen = [self.samples[place * number // documents] for place in range(documents)]
-        whitening = fit_whitening(
-            self.model,
-            chosen,
-            SketchSpec(precondition="ekfac"),
-            documents,
-            self.damping,
-            loss=self.batching.loss,
-            max_tokens=self.batching.max_tokens,
-            packing=self.batching.packing,
-            pad_id=self.batching.pad_id,
-        )
+        whitening = self.whitening(chosen)
 
         def turned(directions: Directions) -> Directions:
             flat = _Flat(directions)

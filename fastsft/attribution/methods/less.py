@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Literal
 
@@ -14,10 +14,9 @@ from torch import Tensor
 
 from fastsft import ops
 from fastsft.attribution.methods._base import Moments, Per, Queries, Targets, only_samples
-from fastsft.attribution.methods._checkpoints import load, restored
-from fastsft.attribution.methods._gradients import Directions, GradientMethod, Turn, chunks, query_gradients
-from fastsft.attribution.methods._scores import Block, Scores
-from fastsft.attribution.methods.datainf import products, sweep
+from fastsft.attribution.methods._dots import products, sweep
+from fastsft.attribution.methods._gradients import Directions, GradientMethod, Turn, query_gradients
+from fastsft.attribution.methods._scores import Scores
 from fastsft.capturing import Layer
 from fastsft.data import Row
 from fastsft.sketch import SketchSpec
@@ -93,19 +92,8 @@ class Less(GradientMethod):
         only_samples(self.name, per)
         return super().score(targets)
 
-    def _block_of(self, queries: Queries, first: int, per: Per) -> Iterator[Block]:
-        directions: list[Directions] = []
-        with restored(self.model):
-            for checkpoint, turn in zip(self.checkpoints, self.turns, strict=True):
-                load(self.model, checkpoint)
-                directions.append(turn(self._target(queries)))
-        for batches in chunks(self.batching.plan(self.samples), self.samples):
-            with restored(self.model):
-                block = self._add(batches, directions, first, per)
-            yield block
-
-    def _target(self, queries: Queries) -> Directions:
-        """What a sample's Gamma is compared with at the model's weights."""
+    def query_directions(self, queries: Queries) -> Directions:
+        """What a sample's Gamma is compared with at the model's weights, of length one."""
         if self.aggregate == "gradient":
             return _unit(self._projected(query_gradients(self.model, queries, self.batching)))
         sizes = [len(rows) for rows in queries.rows]

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from fastsft import ops
 from fastsft.attribution.methods._base import Moments
+from fastsft.attribution.methods._dots import sweep
 from fastsft.attribution.methods._gradients import GradientMethod, Turn, followed
-from fastsft.attribution.methods.datainf import sweep
 from fastsft.capturing import Layer
-from fastsft.ops._project import _KRONECKER_DY, _KRONECKER_X
+from fastsft.ops._project import KRONECKER_DY, KRONECKER_X
 from fastsft.ops._project_sides import kronecker_sides, random_signs
 from fastsft.ops._sjlt import derived_seed
 from fastsft.sketch import SketchSpec
@@ -106,8 +106,8 @@ def sides_of(layer: Layer, spec: SketchSpec) -> Sides:
     size = min(spec.size, (1 << O.bit_length() >> 1) * (1 << I.bit_length() >> 1))
     k_o, k_i = kronecker_sides(size, O, I)
     seed, device = spec.layer_seed(layer.name), layer.weight.device
-    left = None if k_o == O else random_signs(O, k_o, derived_seed(seed, _KRONECKER_DY), device) * k_o**-0.5
-    right = None if k_i == I else random_signs(I, k_i, derived_seed(seed, _KRONECKER_X), device) * k_i**-0.5
+    left = None if k_o == O else random_signs(O, k_o, derived_seed(seed, KRONECKER_DY), device) * k_o**-0.5
+    right = None if k_i == I else random_signs(I, k_i, derived_seed(seed, KRONECKER_X), device) * k_i**-0.5
     return Sides(left, right, size, seed)
 
 

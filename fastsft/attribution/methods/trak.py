@@ -20,7 +20,7 @@ from fastsft.attribution.methods._gradients import chunks
 from fastsft.attribution.methods._scores import Block, Scores
 from fastsft.data import IGNORED, Row
 from fastsft.sketch import SketchSpec
-from fastsft.sketch.passes import Batch, Batching, _head_sees, attribution_only, make_batch
+from fastsft.sketch.passes import Batch, Batching, attribution_only, head_sees, make_batch
 from fastsft.sketch.project import Sketcher
 
 # rows of a block of scores
@@ -175,7 +175,7 @@ def token_margins(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     places = (batch.labels[:, 1:] != IGNORED).nonzero()
     device = batch.inputs["input_ids"].device
     lines, columns = places.to(device).unbind(1)
-    with _head_sees(model, lines, columns) as gathered:
+    with head_sees(model, lines, columns) as gathered:
         logits = model(**batch.inputs, use_cache=False).logits
     logits = logits[0] if gathered else logits[lines, columns]  # [T, V]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastsft.attribution.methods import datainf
+from fastsft.attribution.methods import _dots
 from fastsft.attribution.methods.datainf import DataInf
 from tests.attribution._support import make_rows, tiny_model
 from tests.attribution.methods._cases import (
@@ -59,7 +59,7 @@ def test_each_term_is_the_inverse_of_its_samples_curvature() -> None:
 def test_blocks_of_queries_and_of_documents_change_nothing(monkeypatch) -> None:
     model, checkpoints = model_with_checkpoints(lora=True)
     expected = DataInf().fit(model, checkpoints, samples()).score(targets()).matrix()
-    monkeypatch.setattr(datainf, "_CHUNK", 1)
+    monkeypatch.setattr(_dots, "_PRODUCTS", 1)
     found = DataInf(direction_bytes=1).fit(model, checkpoints, samples()).score(targets())
     assert [block.values.shape[1] for block in found] == [1, 1]
     assert torch.allclose(found.matrix(), expected, rtol=1e-9)

@@ -226,3 +226,5 @@ def test_settings_that_make_no_sense_are_refused():
         EkFacCg(iterations=-1)
     with pytest.raises(ValueError, match="damping"):
         EkFacCg(damping=0.0)
+    with pytest.raises(ValueError, match="max_documents"):
+        EkFacCg(max_documents=0)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsft import ops
-from fastsft.attribution.methods import datainf
+from fastsft.attribution.methods import _dots
 from fastsft.attribution.methods._gradients import followed
 from fastsft.attribution.methods.less import Less
 from fastsft.sketch import SketchSpec
@@ -114,7 +114,7 @@ def test_scores_are_cosines_and_many_rows_of_a_query_are_read_in_parts(monkeypat
     alone = method.score(query["many"]).matrix()
     assert alone.abs().max() <= 1
     assert torch.allclose(whole[:, 0], alone.mean(1), rtol=1e-9, atol=1e-12)
-    monkeypatch.setattr(datainf, "_CHUNK", 1)
+    monkeypatch.setattr(_dots, "_PRODUCTS", 1)
     assert torch.allclose(method.score(query).matrix(), whole, rtol=1e-9, atol=1e-12)
 
 
