@@ -126,6 +126,8 @@ def lds_table(results: Path) -> str:
     for row in rows:
         if row["method"] != "ceiling":
             name = f"{row['method']} ({row['provider']})" if "provider" in row else row["method"]
+            if row.get("per") == "ability":
+                name += " (by ability)"
             found.setdefault(name, {})[row["setting"]] = row
     # by the first setting; what was not measured there comes last
     order = sorted(found, key=lambda name: [-_mean(found[name].get(setting)) for setting in settings])
