@@ -2,8 +2,9 @@
 
 Rows of maths and code on the base model, LoRA r=8 or its full weights, empirical Fisher, damping 0.1 of the mean
 eigenvalue, one thread. Ours and theirs run in turn, each in a process of its own that fits and scores; loading the
-model is not counted. With --rival-samples below --samples kronfluence runs on that many rows and on half as many, and
-its time is the straight line through the two; its row says so. How far the scores agree stands in the row.
+model is not counted. Our factors come from 512 of the samples unless --documents says otherwise, theirs from all.
+With --rival-samples below --samples kronfluence runs on that many rows and on half as many, and its time is the
+straight line through the two; its row says so. How far the scores agree stands in the row.
 """
 
 from __future__ import annotations
@@ -59,11 +60,11 @@ def make_cases(place: Path, settings: Sequence[str], samples: Sequence[int], que
     return found.name
 
 
-def ours(folder: Path, out: Path) -> dict[str, Any]:
+def ours(folder: Path, out: Path, documents: int | None) -> dict[str, Any]:
     """Fit and score in this process -> seconds; writes the scores."""
     case = load_case(folder)
     model = load_model(case)
-    method = EkFac(damping=0.1, batching=Batching(max_tokens=BATCH_TOKENS, pad_id=case.pad_id))
+    method = EkFac(damping=0.1, max_documents=documents, batching=Batching(max_tokens=BATCH_TOKENS, pad_id=case.pad_id))
     found: list[torch.Tensor] = []
     fit = timed(lambda: method.fit(model, [], rows_of(case.rows)))
     score = timed(lambda: found.append(method.score(rows_of(case.queries)).matrix()))
@@ -71,9 +72,10 @@ def ours(folder: Path, out: Path) -> dict[str, Any]:
     return {"parts": {"fit": fit._asdict(), "score": score._asdict()}}
 
 
-def ours_apart(folder: Path, out: Path) -> dict[str, Any]:
+def ours_apart(folder: Path, out: Path, documents: int) -> dict[str, Any]:
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "benchmarks.rivals.estimator_race", "--ours", str(folder), "--out", str(out)]
+    command += ["--documents", str(documents)]
     done = subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True, check=True)
     told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return told
@@ -90,7 +92,7 @@ def race(place: Path, setting: str, samples: int, rival_samples: Sequence[int], 
     for turn in range(args.repeats):
         for side in (0, 1) if turn % 2 == 0 else (1, 0):
             if side == 0:
-                mine.append(ours_apart(full.folder, out))
+                mine.append(ours_apart(full.folder, out, args.documents))
                 continue
             folders = [place / f"{setting}-{number}" for number in rival_samples]
             found = [ask(RIVAL, METHOD, each, out, cache=args.cache, timeout=args.timeout) for each in folders]
@@ -100,7 +102,13 @@ def race(place: Path, setting: str, samples: int, rival_samples: Sequence[int], 
     scored = load_case(place / f"{setting}-{rival_samples[-1]}")
     agreement = agree(out, scored)
     return [
-        told | {"provider": "fastsft", "parts": [each["parts"] for each in mine], **of_rival(mine, theirs, samples)},
+        told
+        | {
+            "provider": "fastsft",
+            "factors_from": min(args.documents or samples, samples),
+            "parts": [each["parts"] for each in mine],
+            **of_rival(mine, theirs, samples),
+        },
         told
         | {
             "provider": f"{RIVAL}=={theirs[0][0]['version']}",
@@ -159,6 +167,7 @@ def main() -> None:
     parser.add_argument("--rival-samples", type=int, help="where fewer are to be run and scaled up; all unless given")
     parser.add_argument("--setting", nargs="+", default=["lora", "full"], choices=["lora", "full"])
     parser.add_argument("--repeats", type=int, default=2, help="2 or more, ours and theirs in turn")
+    parser.add_argument("--documents", type=int, default=512, help="samples that our factors are fitted on; 0 for all")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds that one run of the rival may take")
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="folder of the rivals' environments")
     parser.add_argument("--json", type=Path, help="keep the rows here, as JSON lines")
@@ -167,7 +176,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.ours:
         torch.set_num_threads(1)
-        print(json.dumps(ours(args.ours, args.out)))
+        print(json.dumps(ours(args.ours, args.out, args.documents or None)))
         return
     few = args.rival_samples or args.samples
     rival = [few] if few >= args.samples else [few // 2, few]

@@ -23,7 +23,8 @@ class EkFac(GradientMethod):
     1/N a score is the influence function's estimate of what removing the sample would cost the query.
 
     fisher: "empirical" (labels of the samples) or "true" (labels drawn from the model under `seed`). damping: a share
-    of each layer's mean eigenvalue. max_documents: how many samples P is learned from, evenly spaced; None for all.
+    of each layer's mean eigenvalue. max_documents: how many samples P is learned from, evenly spaced; None for all (of
+    480 samples 256 gave scores of rank correlation 0.99 with all, and an LDS 0.004 lower).
     keep_bytes: of their gradients, which spare a second pass where they fit. Layers that no gradient flows through
     (LoRA's A while B = 0) score 0.
     """
@@ -36,7 +37,7 @@ class EkFac(GradientMethod):
         *,
         fisher: Fisher = "empirical",
         damping: float = 0.1,
-        max_documents: int | None = None,
+        max_documents: int | None = 512,
         seed: int = 0,
         keep_bytes: int = 2**30,
         batching: Batching | None = None,
