@@ -60,7 +60,9 @@ def data_folder() -> Path:
     raise ConfigError("the shared data are not there (FASTSFT_DATA): take --setting world, a generated one.")
 
 
-def make_config(setting: str, place: Path, from_where: Mapping[str, tuple[str, str]] = SOURCES) -> RunConfig:
+def make_config(
+    setting: str, place: Path, from_where: Mapping[str, tuple[str, str]] = SOURCES, model: str = "checkpoint-192"
+) -> RunConfig:
     """Write the model, the sources and the queries of a setting into `place`, and the run file for them.
 
     Of LoRA every query is a target of its own, so that the run's books know each; of all weights, whose books of many
@@ -68,7 +70,9 @@ def make_config(setting: str, place: Path, from_where: Mapping[str, tuple[str, s
     """
     chosen, data, base = SETTINGS[setting], data_folder(), place / "base"
     if not base.exists():
-        shutil.copytree(data / "base-model" / "checkpoint-192", base)
+        base.mkdir(parents=True)
+        for file in ("config.json", "model.safetensors"):
+            shutil.copy(data / "base-model" / model / file, base)
         for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
             shutil.copy(data / "base-model" / file, base)
     _, tokenizer = load_model(str(base.resolve()), None)

@@ -2,6 +2,7 @@
 
 Wrong answers: a tenth of one source's answers are exchanged among themselves, the LoRA run of `lds_case` is trained on
 them, and methods score every sample for its own ability's queries: AUC of a wrong sample scoring below a right one.
+With --source world the same of the demo's world, 12 % of three sources.
 
 Sources (--sources): the run's ledger entries of source and ability, against what leaving the source out costs the
 ability in retrainings with three seeds each: Spearman's correlation over all pairs of source and ability.
@@ -30,10 +31,12 @@ from fastsft.evaluate.planted import wrong_labels
 from fastsft.report import summarize
 from fastsft.train import FinishedRun, run
 from fastsft.train.config import SourceConfig
+from fastsft.train.demo import demo
 
-# commands and the actions they stand for: answers that are right or wrong whatever else was seen
-SCAN = {"gsm8k": SOURCES["gsm8k"], "keon": SOURCES["keon"], "scan": ("actions", "aux/scan")}
-OF_SOURCE = {**dict.fromkeys(SOURCES, SOURCES), "scan": SCAN}
+# Commands and the actions that they stand for: an answer is right or wrong whatever else was seen. The whole base knows
+# them (0.4 nats a token); the one after 11 % of its pretraining can't tell wrong from right.
+SCAN = {"clinc": SOURCES["clinc"], "scan": ("actions", "aux/scan")}
+OF_SOURCE = {**dict.fromkeys(SOURCES, (SOURCES, "checkpoint-192")), "scan": (SCAN, ".")}
 METHODS = {
     "ekfac": Contender("ekfac"),
     "in_run": Contender("in_run"),
@@ -50,14 +53,14 @@ def spoilt_run(place: Path, source: str) -> FinishedRun:
     out = place / "run"
     if not (out / "checkpoints").exists():
         place.mkdir(parents=True, exist_ok=True)
-        config = make_config("lora", place, OF_SOURCE[source])
-        samples = read_source(source, config.sources[source].path, ability=OF_SOURCE[source][source][0], root=place)
+        config = make_config("lora", place, *OF_SOURCE[source])
+        samples = read_source(source, config.sources[source].path, ability=OF_SOURCE[source][0][source][0], root=place)
         changed, wrong = wrong_labels(samples, source, share=0.1, seed=0)
         (place / f"{source}.jsonl").write_text("".join(json.dumps(_plain(sample)) + "\n" for sample in changed))
         (place / "wrong.json").write_text(json.dumps(wrong))
         targets = {
             ability: SourceConfig(path=f"{name}-queries.jsonl", ability=ability)
-            for name, (ability, _) in OF_SOURCE[source].items()
+            for name, (ability, _) in OF_SOURCE[source][0].items()
         }
         run(dataclasses.replace(config, targets=targets), root=place)
     return FinishedRun.open(out)
@@ -67,25 +70,36 @@ def _plain(sample: Sample) -> dict[str, Any]:
     return {"id": sample.id, "ability": sample.ability, "prompt": sample.prompt, "response": sample.response}
 
 
+def world_run(place: Path) -> FinishedRun:
+    """The demo's run on a generated world, 12 % wrong answers in three of its sources."""
+    out = place / "run"
+    if not (out / "checkpoints").exists():
+        demo(out)
+    return FinishedRun.open(out)
+
+
 def wrong_rows(place: Path, source: str) -> list[dict[str, Any]]:
     """One row a method: the AUC."""
-    finished = spoilt_run(place, source)
+    if source == "world":
+        finished = world_run(place)
+        wrong = set(json.loads((finished.out / "planted.json").read_text())["harmful"])
+    else:
+        finished = spoilt_run(place, source)
+        wrong = set(json.loads((place / "wrong.json").read_text()))
     case = Case(finished, Plan.of(finished.out, 16, finished.root), place)
-    wrong = set(json.loads((place / "wrong.json").read_text()))
-    abilities = [OF_SOURCE[source][row.source][0] for row in case.rows]
+    targets = [query.ability for query in case.plan.queries]
+    told: dict[str, Any] = {
+        "sources": [row.source for row in case.rows],
+        "abilities": [case.plan.study.prepared.data[row.source]["ability"] for row in case.rows],
+    }
     found = []
     for name, contender in METHODS.items():
         matrix, _ = case.kept(name, lambda contender=contender: case.score(contender))
-        targets = [query.ability for query in case.plan.queries]
-        auc = wrong_label_auc(
-            matrix,
-            [row.id in wrong for row in case.rows],
-            sources=[row.source for row in case.rows],
-            abilities=abilities,
-            targets=targets if matrix.shape[1] == len(targets) else list(case.plan.study.prepared.targets),
-        )
+        asked = targets if matrix.shape[1] == len(targets) else list(case.plan.study.prepared.targets)
+        auc = wrong_label_auc(matrix, [row.id in wrong for row in case.rows], targets=asked, **told)
         print(f"{source}: {name}: AUC {auc}", flush=True)
-        found.append({"op": "system.lds_planted", "case": f"wrong labels in {source}", "method": name, "auc": auc})
+        about = {"op": "system.lds_planted", "case": f"wrong answers in {source}", "wrong": len(wrong)}
+        found.append({**about, "method": name, "auc": auc})
     return found
 
 
@@ -131,7 +145,7 @@ def _shares(abilities: Sequence[str], tokens: Tensor) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Planted wrong answers, and the ledger's sources.")
     parser.add_argument("--place", type=Path, required=True, help="folder that keeps runs and scores")
-    parser.add_argument("--source", default="clinc", choices=list(OF_SOURCE))
+    parser.add_argument("--source", default="clinc", choices=[*OF_SOURCE, "world"])
     parser.add_argument("--sources", choices=["lora"], help="instead: the ledger of that setting's run in --place")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--json", type=Path, help="keep the rows here, as JSON lines")
