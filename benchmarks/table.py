@@ -20,7 +20,7 @@ from benchmarks.harness import ROOT
 RESULTS = ROOT / "benchmarks" / "results"
 NOT_MEASURED = "Not measured.\n"
 # of the table of LDS, in order
-SETTINGS = {"lora": "LoRA", "full": "full"}
+SETTINGS = {"lora": "LoRA", "full": "full", "short": "short LoRA run"}
 _TABLE = re.compile(r"(<!-- table:(\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 Row = dict[str, Any]
