@@ -82,14 +82,7 @@ class GradientMethod:
         """Score every sample (and token) for every query."""
         queries = Queries.of(targets)
         fitted = copy.copy(self)  # scores are computed when asked for: by then this object may be fitted anew
-        return Scores(
-            method=self.name,
-            unit=self.unit,
-            ids=[row.id for row in self.samples],
-            sources=[row.source for row in self.samples],
-            queries=queries.names,
-            blocks=lambda: fitted._blocks(queries, per),
-        )
+        return Scores.of(self, self.samples, queries.names, lambda: fitted._blocks(queries, per))
 
     def _blocks(self, queries: Queries, per: Per) -> Iterator[Block]:
         step = self._queries_at_once()

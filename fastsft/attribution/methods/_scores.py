@@ -6,10 +6,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from fastsft.data import Row
+
+
+class _Named(Protocol):
+    name: str
+    unit: str
 
 
 class Block(NamedTuple):
@@ -58,6 +65,14 @@ class Scores:
     sources: Sequence[str]
     queries: Sequence[str]
     blocks: Callable[[], Iterator[Block]] = field(repr=False)
+
+    @staticmethod
+    def of(
+        method: _Named, samples: Sequence[Row], queries: Sequence[str], blocks: Callable[[], Iterator[Block]]
+    ) -> Scores:
+        """Name the scores of a method by its samples."""
+        ids, sources = [row.id for row in samples], [row.source for row in samples]
+        return Scores(method.name, method.unit, ids, sources, queries, blocks)
 
     def __iter__(self) -> Iterator[Block]:
         return self.blocks()

@@ -131,14 +131,7 @@ class Trak:
         """Score every sample for every query."""
         only_samples(self.name, per)
         queries = Queries.of(targets)
-        return Scores(
-            method=self.name,
-            unit=self.unit,
-            ids=[row.id for row in self.samples],
-            sources=[row.source for row in self.samples],
-            queries=queries.names,
-            blocks=lambda: self._blocks(queries),
-        )
+        return Scores.of(self, self.samples, queries.names, lambda: self._blocks(queries))
 
     def _blocks(self, queries: Queries) -> Iterator[Block]:
         solved = []

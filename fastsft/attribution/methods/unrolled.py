@@ -127,14 +127,7 @@ class Unrolled:
     def score(self, targets: Targets, *, per: Per = "sample") -> Scores:
         """Score every sample (and supervised token) for every query; samples that no step drew score 0."""
         queries = Queries.of(targets)
-        return Scores(
-            method=self.name,
-            unit=self.unit,
-            ids=[row.id for row in self.samples],
-            sources=[row.source for row in self.samples],
-            queries=queries.names,
-            blocks=lambda: self._blocks(queries, per),
-        )
+        return Scores.of(self, self.samples, queries.names, lambda: self._blocks(queries, per))
 
     def _blocks(self, queries: Queries, per: Per) -> Iterator[Block]:
         # in float64: three adjoints before and after a step, the gradient's, and its product with the Hessian
