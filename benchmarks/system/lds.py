@@ -76,7 +76,7 @@ CONTENDERS: dict[str, Contender] = {
 # these ask every query at every step or sample: of the short run alone
 SLOW: dict[str, Contender] = {
     "unrolled": Contender("unrolled", settings={"smooth": 1e-8}),
-    "ekfac_cg, last checkpoint": Contender("ekfac_cg", "last", {"iterations": 5}),
+    "ekfac_cg, last, 2 iterations": Contender("ekfac_cg", "last", {"iterations": 2, "max_documents": 48}),
 }
 # a store of whitened sketches at the last checkpoint: format and size
 STORES = {
