@@ -3,7 +3,7 @@
 Trains the setting's run, scores its samples by every method, and sets the scores against what retraining on random
 halves of the samples really did: the linear datamodelling score (LDS), with 95 % intervals, beside BM25, embeddings and
 chance. The retrainings' losses are kept in benchmarks/results/lds_truth_SETTING.npz; --measure makes them anew with
-`fastsft.evaluate` (about 30 minutes a setting on two cores). --rivals DIR takes scores that `benchmarks.rivals.score`
+`fastsft.evaluate`. --rivals DIR takes scores that `benchmarks.rivals.score`
 wrote for the case that --write-case writes. Everything slow is kept in --place, and taken up there again.
 """
 
