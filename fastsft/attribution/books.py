@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -94,7 +94,15 @@ class Books:
         self._early: tuple[Tensor, ...] | None = None  # booked to samples after the last interval was closed
         self.own_seconds = self.refresh_seconds = 0.0
         self._began = time.perf_counter()
-        self._handles = [optimizer.register_step_post_hook(self._after_optimizer)]
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_optimizer),
+            optimizer.register_step_post_hook(self._after_optimizer),
+        ]
+        # who steers the run by its books: told of every refresh (step, first step of the interval, the targets, the
+        # entries; none where no interval closed), and of a step's Gram matrix [S, S] of its sources' gradients in the
+        # optimizer's metric, for a factor each [S]
+        self.on_refresh: Callable[[int, int, TargetState, dict[str, Entry]], None] | None = None
+        self.weigh: Callable[[Tensor], Tensor] | None = None
 
     def start(self) -> None:
         """Write down what this run is; the first batch does so if nobody has."""
@@ -233,6 +241,43 @@ class Books:
         error = (gradient - scale * captured).norm() / gradient.norm().clamp_min(tiny)
         return scale, error
 
+    def _before_optimizer(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """Weigh the sources' gradients in the step that is about to be taken, and in what is booked of it."""
+        if self.weigh is None:
+            return
+        with torch.no_grad():
+            scale, _ = self._probe()
+            S = len(self.sources)
+            parts = [part[:S] * scale for part in self.ledger.parts]
+            if dist.is_initialized():
+                for part in parts:
+                    dist.all_reduce(part)
+            gram = self.layout.zeros(S, S)
+            for slot, part in zip(self.layout.exact_slots, parts, strict=True):
+                metric = self.rule.scale(slot.parameter, slot.group)
+                gram += (part if metric is None else part * metric.reshape(-1)) @ part.T
+            factors = self.weigh(gram).to(gram)
+            for slot, part in zip(self.layout.exact_slots, parts, strict=True):
+                if slot.parameter.grad is not None:
+                    change = (factors - 1.0) @ part
+                    slot.parameter.grad += change.view_as(slot.parameter).to(slot.parameter.grad.dtype)
+            self.ledger.weigh_step(factors)
+            self.samples.weigh_step(factors)
+
+    def metric(self) -> Tensor | None:
+        """The optimizer's elementwise scale over all trainable weights [N]; None before its first step, and of SGD."""
+        scales = [self.rule.scale(slot.parameter, slot.group) for slot in self.layout.slots]
+        if all(scale is None for scale in scales):
+            return None
+        return torch.cat(
+            [
+                torch.ones_like(slot.parameter, dtype=self.layout.dtype).reshape(-1)
+                if scale is None
+                else scale.reshape(-1)
+                for slot, scale in zip(self.layout.slots, scales, strict=True)
+            ]
+        )
+
     def _after_optimizer(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         began = time.perf_counter()
         self._pending = False
@@ -288,7 +333,7 @@ class Books:
                 self._early = tuple(booked)
             return {}
         began = time.perf_counter()
-        state = self.targets.measure(self.model, self.layout.parameters, self.layout.dtype)
+        state = self.targets.measure(self.model, self.layout.parameters, self.layout.dtype, self.metric())
         entries: dict[str, Entry] = {}
         events = self.journal.flush()
         self.start()
@@ -315,16 +360,26 @@ class Books:
         seconds = time.perf_counter() - began
         self.refresh_seconds += seconds
         if not self._resumed:  # a resumed run measures again where it stopped, and has that event already
-            errors = {ability: state.error(ability) for ability in state.losses}
             events.append(
-                {"event": "refresh", "step": self.step, "losses": state.losses, "errors": errors, "seconds": seconds}
+                {
+                    "event": "refresh",
+                    "step": self.step,
+                    "losses": state.losses,
+                    "errors": {ability: state.error(ability) for ability in state.losses},
+                    "gram": state.gram.tolist(),
+                    "norms": state.same_batch_gram.diagonal().tolist(),
+                    "seconds": seconds,
+                }
             )
-        self._resumed = False
         self.journal.write(events)
+        first, resumed = self._last_refresh, self._resumed
+        self._resumed = False
         self.state, self._last_refresh = state, self.step
         self.ledger.begin(state)
         if self.settings.samples:
             self.samples.begin(state.gradient)
+        if self.on_refresh is not None and not resumed:
+            self.on_refresh(self.step, first, state, entries)
         return entries
 
     def _store_sketches(self) -> None:
@@ -417,6 +472,7 @@ class Books:
         self.capture.close()
         for handle in self._handles:
             handle.remove()
+        self.on_refresh = self.weigh = None
         self._handles = []
         if self.store is not None:
             self.store.close()
@@ -430,7 +486,9 @@ class Books:
             self.store.save()
         moment = self.ledger.moment.clone()
         if dist.is_initialized():
+            # this run goes on as a resumed one begins, with all of it on the first rank: sums then round alike
             dist.all_reduce(moment)
+            self.ledger.moment.copy_(moment if rank() == 0 else torch.zeros_like(moment))
         return {
             "schema": STATE_SCHEMA,
             "step": self.step,

@@ -74,6 +74,7 @@ class _Seen:
     sketch: Tensor | None  # [D, K] of sqrt(used) * G
     tokens: Tensor | None  # [T, A]
     keep: bool  # whether exact layers' gradients are kept instead of scored and sketched
+    factor: Tensor | float = 1.0  # [D, 1] what a resolver multiplied each document's gradient by in the step itself
     grads: dict[int, Tensor] = field(default_factory=dict)  # exact layer -> [D, O, I], where they are kept
     cores: list[tuple[int, _Basis, Tensor]] = field(default_factory=list)  # wide layer, its basis, [D, C, C]
     waiting: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)  # layer, x, dy until the step is taken
@@ -200,6 +201,11 @@ class SampleBook:
 
     # the optimizer's step
 
+    def weigh_step(self, factors: Tensor) -> None:
+        """Scale each source's documents [S] in the step about to be taken."""
+        for seen in self._window:
+            seen.factor = factors[seen.batch.sources.to(factors.device)][:, None]
+
     def drop_step(self) -> None:
         """Forget micro-batches whose step the trainer skipped (an overflow under fp16)."""
         self._window = []
@@ -219,7 +225,7 @@ class SampleBook:
                     self._project(seen, index, x, dy)
             seen.waiting = []
             if self.settings.store:
-                self._sketched.append((step, seen.batch, scale * self._sketch_of(seen)))
+                self._sketched.append((step, seen.batch, scale * seen.factor * self._sketch_of(seen)))
         slots = [self.layout.layer_slots[index] for index in self._exact]
         echo, pace = self.rule.echo(), self.rule.pace(self.layout.slots[0].group)
         self._open.append(
@@ -308,8 +314,10 @@ class SampleBook:
         wide_total = torch.zeros_like(total)
         places = [(step, each) for step in self._open for each in step.seen]
         for (step, each), (phi, wide) in zip(places, booked, strict=True):
-            total.index_add_(0, each.batch.sources, -(step.scale * (each.phi - phi)).double().cpu())
-            wide_total.index_add_(0, each.batch.sources, -(step.scale * (each.wide - wide)).double().cpu())
+            total.index_add_(0, each.batch.sources, -(step.scale * each.factor * (each.phi - phi)).double().cpu())
+            wide_total.index_add_(
+                0, each.batch.sources, -(step.scale * each.factor * (each.wide - wide)).double().cpu()
+            )
         columns: list[Columns] = []
         still: list[_Step] = []
         for step, share in zip(self._open, shares, strict=True):
@@ -322,8 +330,13 @@ class SampleBook:
         return columns, total, wide_total
 
     def _columns(self, step: _Step, each: _Seen) -> Columns:
-        tokens = None if each.tokens is None else -(step.scale * step.effect * each.tokens).float().cpu()
-        return Columns(step.step, each.batch, -(step.scale * each.phi).double().cpu(), tokens)
+        tokens = None
+        if each.tokens is not None:
+            factor = each.factor
+            if isinstance(factor, Tensor):  # of each token, its document's
+                factor = factor.repeat_interleave(each.batch.documents.offsets.diff(), 0, output_size=len(each.tokens))
+            tokens = -(step.scale * step.effect * factor * each.tokens).float().cpu()
+        return Columns(step.step, each.batch, -(step.scale * each.factor * each.phi).double().cpu(), tokens)
 
     def _shares(self, remaining: int | None, *, settle: bool) -> list[_Share]:
         """How much of each open step's echo falls into the interval that closes now."""

@@ -75,6 +75,11 @@ class Ledger:
         self.rule.advance(self.layout.exact_slots, self.parts, self.moments, self.displacements)
         self.part.zero_()
 
+    def weigh_step(self, factors: Tensor) -> None:
+        """Scale each source's gradient [S] in the step about to be taken, as the optimizer will see it."""
+        for part in self.parts:
+            part[: len(factors)] *= factors[:, None]
+
     def forget_step(self) -> None:
         """Drop gradients of a step that the trainer skipped."""
         self.part.zero_()

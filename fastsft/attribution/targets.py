@@ -27,13 +27,17 @@ class TargetState:
     """The targets at one set of weights.
 
     losses {ability: nats per response token}; row_losses {ability: [rows] summed nats}; row_tokens {ability: [rows]};
-    gradient [A, N] of the losses over the trainable parameters, in the order of the layout.
+    gradient [A, N] of the losses over the trainable parameters, in the order of the layout. same_batch_gram [A, A]:
+    their inner products in the metric that was asked for; `gram` is the same with the squared norms on its diagonal
+    free of the noise of the rows, products of the gradients of two halves of the rows (nan for a single row).
     """
 
     losses: dict[str, float]
     row_losses: dict[str, Tensor]
     row_tokens: dict[str, Tensor]
     gradient: Tensor
+    same_batch_gram: Tensor
+    gram: Tensor
 
     def error(self, ability: str) -> float:
         """Standard error of the loss over draws of target rows."""
@@ -75,46 +79,72 @@ class Targets:
                 raise ValueError(f"target {ability!r}: row {counts.index(0)} has no response token to judge by.")
         self.pad_id, self.batch_tokens, self.max_rows = pad_id, batch_tokens, max_rows
 
-    def measure(self, model: nn.Module, parameters: Sequence[nn.Parameter], dtype: torch.dtype) -> TargetState:
+    def measure(
+        self,
+        model: nn.Module,
+        parameters: Sequence[nn.Parameter],
+        dtype: torch.dtype,
+        metric: Tensor | None = None,
+    ) -> TargetState:
         """Compute losses and their gradients at the present weights; the model and the RNG are left as they were.
 
+        metric [N]: elementwise, of the inner products of gradients; None for the plain ones.
         Under torch.distributed every rank takes a share of the rows and the sums are reduced.
         """
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         device = parameters[0].device
         size = sum(p.numel() for p in parameters)
         gradient = torch.zeros(len(self.abilities), size, device=device, dtype=dtype)
+        half = torch.zeros(size, device=device, dtype=dtype)
+        norms = torch.zeros(len(self.abilities), dtype=torch.float64)
         row_losses: dict[str, Tensor] = {}
         with _evaluation(model), torch.enable_grad():
             for index, ability in enumerate(self.abilities):
                 sums = torch.zeros(len(self.rows[ability]), device=device, dtype=torch.float64)
                 total = sum(self.tokens[ability])
-                for batch in self._batches(ability, rank, world):
-                    losses = self._row_losses(model, ability, batch, device)
-                    sums[batch] = losses.detach().double()
-                    grads = torch.autograd.grad(losses.sum() / total, list(parameters), allow_unused=True)
-                    start = 0
-                    for parameter, grad in zip(parameters, grads, strict=True):
-                        if grad is not None:
-                            gradient[index, start : start + parameter.numel()] += grad.reshape(-1)
-                        start += parameter.numel()
+                for part in (0, 1):  # the rows of even places, then the others
+                    for batch in self._batches(ability, rank, world, rows=range(part, len(self.rows[ability]), 2)):
+                        losses = self._row_losses(model, ability, batch, device)
+                        sums[batch] = losses.detach().double()
+                        grads = torch.autograd.grad(losses.sum() / total, list(parameters), allow_unused=True)
+                        start = 0
+                        for parameter, grad in zip(parameters, grads, strict=True):
+                            if grad is not None:
+                                gradient[index, start : start + parameter.numel()] += grad.reshape(-1)
+                            start += parameter.numel()
+                    if part == 0:
+                        half.copy_(gradient[index])
+                if world > 1:
+                    dist.all_reduce(gradient[index])
+                    dist.all_reduce(half)
+                    dist.all_reduce(sums)
                 row_losses[ability] = sums
-        if world > 1:
-            dist.all_reduce(gradient)
-            for sums in row_losses.values():
-                dist.all_reduce(sums)
+                norms[index] = self._norm(ability, half, gradient[index], metric)
         cpu = {ability: sums.cpu() for ability, sums in row_losses.items()}
         tokens = {ability: torch.tensor(counts, dtype=torch.float64) for ability, counts in self.tokens.items()}
         losses_now = {ability: float(cpu[ability].sum() / tokens[ability].sum()) for ability in self.abilities}
-        return TargetState(losses_now, cpu, tokens, gradient)
+        same_batch = ((gradient if metric is None else gradient * metric) @ gradient.T).double().cpu()
+        gram = same_batch.clone()
+        gram.diagonal().copy_(norms)
+        return TargetState(losses_now, cpu, tokens, gradient, same_batch, gram)
 
-    def _batches(self, ability: str, rank: int, world: int) -> list[list[int]]:
-        """Rows of this rank by length, cut so that rows x longest stays below `batch_tokens`."""
-        rows = self.rows[ability]
-        batches: list[list[int]] = []
-        for index in sorted(range(len(rows)), key=lambda i: (len(rows[i].input_ids), i))[rank::world]:
+    def _norm(self, ability: str, half: Tensor, whole: Tensor, metric: Tensor | None) -> float:
+        """The squared norm of the gradient as a product of two halves' estimates of it: the noise of a row meets only
+        that of other rows."""
+        total, first = sum(self.tokens[ability]), sum(self.tokens[ability][::2])
+        if len(self.rows[ability]) < 2:
+            return float("nan")
+        rest = whole - half
+        product = (half if metric is None else half * metric) @ rest
+        return float(product) * (total / first) * (total / (total - first))
+
+    def _batches(self, ability: str, rank: int, world: int, rows: Sequence[int] | None = None) -> list[list[int]]:
+        """This rank's of all rows, or of those told, by length, in batches of at most `batch_tokens` padded tokens."""
+        own, batches = self.rows[ability], list[list[int]]()
+        order = sorted(range(len(own)) if rows is None else rows, key=lambda i: (len(own[i].input_ids), i))
+        for index in order[rank::world]:
             size = len(batches[-1]) + 1 if batches else 0
-            if batches and size <= self.max_rows and size * len(rows[index].input_ids) <= self.batch_tokens:
+            if batches and size <= self.max_rows and size * len(own[index].input_ids) <= self.batch_tokens:
                 batches[-1].append(index)
             else:
                 batches.append([index])

@@ -22,9 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from fastsft.data import IGNORED, DataError, Row, collate, read_source, tokenize_all
+from fastsft.record import Record
+from fastsft.tasks import Mix
 from fastsft.train.config import RunConfig
 from fastsft.train.finished import FinishedRun
 from fastsft.train.loop import Prepared, load_model, make_trainer, padding_id, prepare
+from fastsft.train.steering import steer_static
 
 WORK = "fastsft.evaluate.retrain:retrain"
 
@@ -105,7 +108,9 @@ def retrain(job: dict[str, Any]) -> dict[str, Any]:
     queries = [query.row for query in study.queries(job["queries"])]
     config = _config_of(study.config, len(rows) / len(study.prepared.rows), int(job["seed"]))
     with tempfile.TemporaryDirectory() as folder:
-        trainer = _quiet(make_trainer(config, rows, copy.deepcopy(study.base), study.tokenizer, Path(folder)))  # type: ignore[arg-type]
+        trainer = quiet(make_trainer(config, rows, copy.deepcopy(study.base), study.tokenizer, Path(folder)))  # type: ignore[arg-type]
+        if study.config.steered:
+            steer_as_before(trainer, Path(job["run"]), config)
         before = query_losses(trainer.model, queries, study.pad_id)
         trainer.train()
         after = query_losses(trainer.model, queries, study.pad_id)
@@ -145,7 +150,7 @@ def _config_of(config: RunConfig, share: float, seed: int) -> RunConfig:
     return dataclasses.replace(config, train=scaled)
 
 
-def _quiet(trainer: Any) -> Any:
+def quiet(trainer: Any) -> Any:
     """Take from a trainer all that it says and saves."""
     from transformers import PrinterCallback, ProgressCallback
 
@@ -153,6 +158,33 @@ def _quiet(trainer: Any) -> Any:
         trainer.remove_callback(callback)
     trainer.args.save_strategy = trainer.args.logging_strategy = "no"
     return trainer
+
+
+def steer_as_before(trainer: Any, run: Path, config: RunConfig) -> None:
+    """Let a trainer draw by the mixes that a run's record holds, each over the same share of the steps.
+
+    Sources of which no row is kept leave their shares to the others.
+    """
+    if config.conflict.resolver != "none":
+        raise DataError(
+            f"{run} weighed abilities' gradients by {config.conflict.resolver!r}, and a retraining can't repeat that: "
+            f"judge scores on a run without a resolver."
+        )
+    record = Record.open(run)
+    events = list(record.events("mix"))
+    stream = steer_static(trainer, _left(events[0], trainer), config.mix.draws(config.train.seed))
+    share = config.train.steps / record.start["settings"]["steps"]
+    for event in events[1:]:
+        steps_before = round((event["from_step"] - 1) * share)
+        stream.set_mix_at(steps_before * stream.batch, _left(event, trainer))
+
+
+def _left(event: dict[str, Any], trainer: Any) -> Mix:
+    """A recorded mix over the sources that have rows; uniform where it gave none of them a share."""
+    present = sorted({row.source for row in trainer.train_dataset.rows})
+    weights = {source: event["weights"][source] for source in present}
+    total = sum(weights.values())
+    return Mix({source: w / total for source, w in weights.items()}) if total else Mix.uniform(present)
 
 
 def query_losses(model: nn.Module, rows: Sequence[Row], pad_id: int, *, max_tokens: int = 8192) -> Tensor:

@@ -9,15 +9,19 @@ from fastsft.train.finished import FinishedRun
 from fastsft.train.hit_table import answer_lines
 from fastsft.train.loop import run
 from fastsft.train.query import Answer, search_store
+from fastsft.train.sampler import Draws
+from fastsft.train.steering import Steering, steer_static
 
 __all__ = [
     "Answer",
     "AttachError",
     "ConfigError",
+    "Draws",
     "Estimate",
     "FinishedRun",
     "Run",
     "RunConfig",
+    "Steering",
     "answer_lines",
     "attach",
     "attribute",
@@ -27,5 +31,6 @@ __all__ = [
     "parse_config",
     "run",
     "search_store",
+    "steer_static",
     "versions",
 ]

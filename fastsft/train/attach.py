@@ -15,6 +15,8 @@ from fastsft.attribution import Attribution
 from fastsft.record import Record
 from fastsft.train.followed import AttachError, Run
 from fastsft.train.samples import SampleTable, decoder, table_of_dataset
+from fastsft.train.steerer import Steerer
+from fastsft.train.steering import Steering
 from fastsft.train.tags import COLUMNS, Numbered, TaggingCollator
 from fastsft.train.targets import TargetRows, read_targets
 
@@ -31,18 +33,20 @@ def attach(
     store: bool = False,
     samples: SampleTable | None = None,
     details: Mapping[str, Any] | None = None,
+    steering: Steering | None = None,
 ) -> Run:
     """Keep the books of `trainer.train()`: who moved which ability, sample by sample.
 
     targets: {ability: held-out rows}, each row {prompt, response}, {messages: [...]}, or {input_ids, labels}.
     out: the run directory, new (or the one a resumed training wrote). Sources and ids come from the columns `source`
     and `id` of the training set where it has them. store: also keep a sketch of every sample and step in
-    OUT/store/training, to search later (`fastsft search`). Call it last, when dataset, collator and optimizer
+    OUT/store/training, to search later (`fastsft search`). steering: a policy that moves the mix of sources by what the
+    books say, and a resolver of conflicts between abilities. Call it last, when dataset, collator and optimizer
     settings stand.
 
-    Training gives the same weights, to the bit, with and without it. Raises ValueError where the trainer can't be
-    followed: a streaming dataset, torch.compile, DataParallel, sharded weights; when training begins, an optimizer
-    other than AdamW, Adam and SGD, or a model without a trainable linear layer.
+    Without steering, training gives the same weights, to the bit, with and without it. Raises ValueError where the
+    trainer can't be followed: a streaming dataset, torch.compile, DataParallel, sharded weights; when training begins,
+    an optimizer other than AdamW, Adam and SGD, or a model without a trainable linear layer.
     """
     from transformers import Trainer
 
@@ -60,7 +64,10 @@ def attach(
     table = samples or table_of_dataset(trainer.train_dataset, decoder(trainer))
     measured, notes = read_targets(trainer, targets, settings)
     details["notes"] = [*details.get("notes", []), *notes]
-    run = Run(trainer, measured, table, out, settings, details)
+    steerer = None
+    if steering is not None:
+        steerer = Steerer(steering, trainer, table, measured.abilities, details.get("data") or {}, Record(out))
+    run = Run(trainer, measured, table, out, settings, details, steerer)
     _tag(trainer, table)
     _wrap(trainer, run)
     return run

@@ -14,6 +14,9 @@ import yaml
 
 from fastsft.attribution import Attribution
 from fastsft.data import DataError
+from fastsft.tasks import MixError
+from fastsft.train.sampler import Draws
+from fastsft.train.steering import APPLY
 
 
 class ConfigError(ValueError):
@@ -89,13 +92,70 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MixConfig:
-    """How sources are mixed. `proportional`: every row once an epoch, shuffled."""
+    """How sources are mixed. `proportional`: every row once an epoch, in the trainer's own shuffled order.
+
+    Any other policy draws through a stream that follows a mix (`fastsft.mixing` names the policies); keys that are not
+    of this class are the policy's own.
+    """
 
     policy: str = "proportional"
+    # the mix to begin with, and the prior that a policy is anchored to: uniform, proportional, {source: share}, or a
+    # file that `fastsft mix plan` wrote; None: the policy's own default
+    start: str | dict[str, Any] | None = None
+    unit: str = "tokens"
+    max_epochs: float | None = None
+    exhausted: str = "redistribute"
+    max_tokens: int | None = None
+    # stop drawing from a source whose ability overfits
+    guard: bool = False
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.policy != "proportional":
-            raise ConfigError(f"mix.policy must be 'proportional', the only one there is yet: got {self.policy!r}.")
+        given = [
+            f.name for f in dataclasses.fields(self) if f.name != "policy" and getattr(self, f.name) != _default(f)
+        ]
+        if not self.steered and given:
+            raise ConfigError(
+                f"mix.{given[0]} needs a policy that draws by a mix, and 'proportional' keeps the trainer's own order: "
+                f"name one with mix.policy (align, uniform, temperature, ...)."
+            )
+        try:
+            self.draws(0)
+        except MixError as error:
+            raise ConfigError(f"mix: {error}") from None
+
+    @property
+    def steered(self) -> bool:
+        """Whether draws follow a mix."""
+        return self.policy != "proportional"
+
+    def draws(self, seed: int) -> Draws:
+        return Draws(
+            unit=self.unit,
+            max_epochs=self.max_epochs,
+            exhausted=self.exhausted,
+            max_tokens=self.max_tokens,
+            seed=seed,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConflictConfig:
+    """How abilities that pull against each other are weighed: a resolver of `fastsft.mixing`, or `none`."""
+
+    resolver: str = "none"
+    # "lagged", by the targets' gradients until the next refresh; "exact", anew in every step (LoRA)
+    apply: str = "lagged"
+    # abilities that no step may harm (gem)
+    protected: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.apply not in APPLY:
+            raise ConfigError(f"conflict.apply must be one of {', '.join(APPLY)}: got {self.apply!r}.")
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +169,12 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     attribution: Attribution = field(default_factory=Attribution)
     mix: MixConfig = field(default_factory=MixConfig)
+    conflict: ConflictConfig = field(default_factory=ConflictConfig)
+
+    @property
+    def steered(self) -> bool:
+        """Whether the run needs a policy or a resolver handed to it."""
+        return self.mix.steered or self.conflict.resolver != "none"
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -146,8 +212,19 @@ def parse_config(raw: object) -> RunConfig:
         out=str(raw["out"]),
         train=_section(raw.get("train") or {}, TrainConfig, "train"),
         attribution=_section(raw.get("attribution") or {}, Attribution, "attribution"),
-        mix=_section(raw.get("mix") or {}, MixConfig, "mix"),
+        mix=_section(_gather_settings(raw.get("mix") or {}), MixConfig, "mix"),
+        conflict=_section(raw.get("conflict") or {}, ConflictConfig, "conflict"),
     )
+
+
+def _gather_settings(section: object) -> object:
+    """Put the keys of `mix` that are the policy's own under `settings`, where its maker checks them."""
+    if not isinstance(section, Mapping):
+        return section
+    known = {f.name for f in dataclasses.fields(MixConfig)}
+    own = {str(key): value for key, value in section.items() if key not in known}
+    settings = section.get("settings") or {}
+    return {**{k: v for k, v in section.items() if k in known}, "settings": {**settings, **own}}
 
 
 def _named(raw: Mapping[str, Any], key: str) -> list[tuple[str, Any]]:

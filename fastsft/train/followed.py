@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from fastsft.attribution.ranks import rank
 from fastsft.record import Record, write_table
 from fastsft.train.checkpoint import load_books, save_books
 from fastsft.train.samples import SampleTable, decoder
+from fastsft.train.steerer import Steerer
 from fastsft.train.tags import DOCUMENTS, read_tags
 
 if TYPE_CHECKING:
@@ -36,8 +38,10 @@ class Run:
         out: Path,
         settings: Attribution,
         details: Mapping[str, Any],
+        steerer: Steerer | None = None,
     ) -> None:
         self.trainer: Any = trainer
+        self.steerer = steerer
         self.targets, self.table, self.settings = targets, table, settings
         self.details = dict(details)
         self.record = Record(out)
@@ -78,6 +82,12 @@ class Run:
         if loaded is not None:
             self.books.load_state_dict(loaded)
             self._remember_drawn()
+        elif step and self.steerer is not None:
+            raise AttachError(
+                f"{checkpoint} holds no books, so nobody knows what its mix was: steer a run from its first step."
+            )
+        if self.steerer is not None:
+            self.steerer.begin(self.books, self.record, checkpoint if loaded is not None else None)
         if main and loaded is None:
             self.books.start()
             notes = list(self.details.get("notes", []))
@@ -137,7 +147,10 @@ class Run:
         sources = [self.table.sources[number] for number in numbers]
         place = {"row_length": shape[1]} if packed else {"rows": (shape[0], shape[1])}
         try:
-            with self.books.batch(samples=names, sources=sources, lengths=lengths, **place):
+            with (
+                self.books.batch(samples=names, sources=sources, lengths=lengths, **place),
+                self._steered(sources, lengths, inputs.get("labels"), packed=packed),
+            ):
                 loss = step(model, inputs, *rest, **named)
         except BaseException:
             # a run that is interrupted in a notebook can be resumed there
@@ -147,10 +160,21 @@ class Run:
         self.books.add_loss(loss)
         return loss
 
+    def _steered(
+        self, sources: list[str], lengths: list[list[int]], labels: Tensor | None, *, packed: bool
+    ) -> AbstractContextManager[None]:
+        if self.steerer is None:
+            return nullcontext()
+        order = {name: index for index, name in enumerate(self.table.source_names)}
+        # a padding-free row is one row with every document in it
+        return self.steerer.batch([order[name] for name in sources], lengths, labels, packed=packed)
+
     def save(self, checkpoint: Path) -> None:
         if self.books is not None:
             state = self.books.state_dict()
             if rank() == 0:
+                if self.steerer is not None:
+                    self.steerer.save(checkpoint)
                 save_books(checkpoint, state)
             self.write_samples()
 
@@ -158,6 +182,11 @@ class Run:
         if self.books is not None:
             self.books.finish()
             self.write_samples()
+        if self.steerer is not None:
+            if self.steerer.why_ended and rank() == 0:
+                step = int(self.trainer.state.global_step)
+                self.record.append("note", step, text=f"the run ended at step {step}: {self.steerer.why_ended}")
+            self.steerer.close()
 
     def write_samples(self) -> None:
         """Write the texts of all samples drawn so far (and their tokens, where tokens were attributed)."""

@@ -31,6 +31,7 @@ from fastsft.train.attach import Run, attach
 from fastsft.train.checkpoint import latest_checkpoint
 from fastsft.train.config import ConfigError, RunConfig, SourceConfig, TrainConfig
 from fastsft.train.samples import table_of_rows
+from fastsft.train.steering import Steering
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -47,8 +48,12 @@ class Prepared:
     notes: list[str]
 
 
-def run(config: RunConfig, *, root: Path | None = None, resume: bool = False) -> Run:
-    """Run what a run file says; `root` is where its relative paths start. Returns the finished run, report written."""
+def run(config: RunConfig, *, root: Path | None = None, resume: bool = False, steering: Steering | None = None) -> Run:
+    """Run what a run file says; `root` is where its relative paths start. Returns the finished run, report written.
+
+    steering: the policy and the resolver that its sections `mix` and `conflict` name; `fastsft.run` makes them.
+    """
+    _check_steered(config, steering)
     out = _under(root, config.out)
     if not resume:
         Record.create(out)  # a folder that holds a run is refused before anything is loaded
@@ -65,7 +70,16 @@ def run(config: RunConfig, *, root: Path | None = None, resume: bool = False) ->
     model, tokenizer = load_model(config.model, root)
     prepared = prepare(config, tokenizer, root)
     home = None if root is None else root.resolve()
-    return fine_tune(config, prepared, model, tokenizer, out=out, checkpoint=checkpoint, root=home)
+    return fine_tune(config, prepared, model, tokenizer, out=out, checkpoint=checkpoint, root=home, steering=steering)
+
+
+def _check_steered(config: RunConfig, steering: Steering | None) -> None:
+    if config.steered and steering is None:
+        raise ConfigError(
+            f"the run is steered (mix.policy {config.mix.policy!r}, conflict.resolver {config.conflict.resolver!r}), "
+            f"and no policy or resolver was handed over: start it by fastsft.run or `fastsft run`, which make them, or "
+            f"hand over `steering`."
+        )
 
 
 def model_places(name: str, root: Path | None) -> list[Path]:
@@ -139,13 +153,17 @@ def fine_tune(
     out: Path,
     checkpoint: Path | None = None,
     root: Path | None = None,
+    steering: Steering | None = None,
+    report: bool = True,
 ) -> Run:
-    """Fine-tune `model` on prepared rows with the books kept, then write the report.
+    """Fine-tune `model` on prepared rows with the books kept, then write the report (unless `report` is False).
 
     root: where the relative paths of `config` start, for the run's config.yaml; a relative one starts at `out`.
     """
+    _check_steered(config, steering)
     if checkpoint is None:
         Record.create(out)
+    _check_rows(config, prepared, steering)
     trainer = make_trainer(config, prepared.rows, model, tokenizer, out)
     settings = {"packing": config.train.packing}
     followed = attach(
@@ -155,15 +173,29 @@ def fine_tune(
         settings=config.attribution,
         samples=table_of_rows(prepared.samples, [row.input_ids for row in prepared.rows]),
         details={"data": prepared.data, "model": config.model, "settings": settings, "notes": prepared.notes},
+        steering=steering,
     )
     main = trainer.is_world_process_zero()
     if main:
         resolved = {**config.as_dict(), "versions": versions(), "root": None if root is None else str(root)}
         write_text(out / "config.yaml", yaml.safe_dump(resolved, sort_keys=False))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if main:
+    if main and report:
         followed.report()
     return followed
+
+
+def _check_rows(config: RunConfig, prepared: Prepared, steering: Steering | None) -> None:
+    """Refuse to mix a source of which no row is left."""
+    if steering is None or steering.policy is None:
+        return
+    present = {row.source for row in prepared.rows}
+    empty = [name for name in config.sources if name not in present]
+    if empty:
+        raise ConfigError(
+            f"source {empty[0]!r} has no row left to draw (over train.max_length, {config.train.max_length} tokens?): "
+            f"raise train.max_length, set train.over_long to truncate, or leave the source out."
+        )
 
 
 def make_trainer(
@@ -204,7 +236,7 @@ def make_trainer(
     model.config.use_cache = False
     dataset: RowDataset | PackedDataset = RowDataset(rows)
     if train.packing:
-        dataset = PackedDataset(rows, pack(rows, train.max_length, seed=train.seed))
+        dataset = PackedDataset(rows, _lines(rows, config))
     pad_id = 0 if tokenizer is None else padding_id(tokenizer)
     return Trainer(
         model=model,
@@ -213,6 +245,21 @@ def make_trainer(
         data_collator=Padding(pad_id, train.max_length if train.packing else None),
         processing_class=tokenizer,
     )
+
+
+def _lines(rows: Sequence[Row], config: RunConfig) -> list[list[int]]:
+    """Pack rows into lines; each source by itself where a mix draws lines."""
+    train = config.train
+    if not config.mix.steered:
+        return pack(rows, train.max_length, seed=train.seed)
+    places: dict[str, list[int]] = {}
+    for at, row in enumerate(rows):
+        places.setdefault(row.source, []).append(at)
+    return [
+        [own[at] for at in line]
+        for own in places.values()
+        for line in pack([rows[at] for at in own], train.max_length, seed=train.seed)
+    ]
 
 
 def with_adapter(model: PreTrainedModel, train: TrainConfig) -> PreTrainedModel:

@@ -10,9 +10,11 @@ import yaml
 from fastsft.data import DataError
 from fastsft.evaluate import query_losses, retrain
 from fastsft.evaluate.retrain import evenly, study_of
-from fastsft.train import FinishedRun
+from fastsft.train import Draws, FinishedRun, Steering, load_config
+from fastsft.train.loop import run as run_file
 from tests.attribution.methods._support import summed_loss
 from tests.train._run_file import write_run_file
+from tests.train._steered import ABILITIES, Follow, Lean
 from tests.train._support import make_model, make_rows
 
 
@@ -98,3 +100,29 @@ def test_losses_are_each_rows_own_whatever_stands_beside_it(max_tokens):
     model.eval()
     expected = [summed_loss(model, row).item() / row.num_supervised for row in rows]
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
+
+
+def steered_run(folder, **given):
+    """A run under a policy that follows the books."""
+    path = write_run_file(folder, mix={"policy": "follow"}, sections={"train": {"save_every": 14}})
+    steering = Steering(policy=Follow(), draws=Draws(seed=3), abilities=ABILITIES, **given)
+    run_file(load_config(path), root=folder, steering=steering)
+    return folder / "out"
+
+
+def test_a_steered_run_is_repeated_by_its_recorded_mixes(tmp_path):
+    run = steered_run(tmp_path)
+    found = retrain(job(run, root=str(tmp_path)))
+    finished = FinishedRun.open(run, root=tmp_path)
+    model, _, pad_id = finished.load(finished.checkpoint())
+    queries = study_of(str(run), str(tmp_path)).queries(None)
+    assert found["after"] == query_losses(model, [query.row for query in queries], pad_id).tolist()
+    keep = [row.id for row in study_of(str(run), str(tmp_path)).prepared.rows if row.source != "bricks"]
+    assert retrain(job(run, root=str(tmp_path), keep=keep))["steps"] == 9  # 24 of 36 rows, 14 steps
+
+
+def test_a_run_under_a_resolver_is_not_repeated(tmp_path):
+    path = write_run_file(tmp_path, conflict={"resolver": "upgrad"})
+    run_file(load_config(path), root=tmp_path, steering=Steering(resolver=Lean(), abilities=ABILITIES))
+    with pytest.raises(DataError, match="judge scores on a run without a resolver"):
+        retrain(job(tmp_path / "out", root=str(tmp_path)))
