@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastsft.attribution.gram import cosines, smooth_gram
 from fastsft.attribution.targets import TargetState
 from fastsft.record import Record
 from fastsft.tasks import MixError, Resolver
+from fastsft.train.factors import factors, weigh
 from fastsft.train.logits import LogitsTap
 
 
@@ -37,7 +39,7 @@ class Reweigher:
         record: Record,
         tap: LogitsTap | None = None,
     ) -> None:
-        self.resolver, self.apply, self.smoothing, self.limits = resolver, apply, smoothing, limits
+        self.apply, self.smoothing, self.limits = apply, smoothing, limits
         self.record, self.tap = record, tap
         self.taking_part = [ability for ability in abilities if ability in own]
         if len(self.taking_part) < 2:
@@ -45,6 +47,8 @@ class Reweigher:
                 f"a resolver weighs abilities against each other, and sources belong to {len(self.taking_part)} of the "
                 f"targets {', '.join(abilities)}: say which `ability` each source is of."
             )
+        # a resolver that names abilities learns their places
+        self.resolver: Resolver = resolver.bind(self.taking_part) if hasattr(resolver, "bind") else resolver
         self._rows = [list(abilities).index(ability) for ability in self.taking_part]
         self._of_source = [self.taking_part.index(a) if a in self.taking_part else None for a in own]
         self.gram: np.ndarray | None = None  # of mean diagonal one, smoothed: as the resolver sees it
@@ -76,32 +80,23 @@ class Reweigher:
 
     def _resolve(self, gram: np.ndarray) -> None:
         # the optimizer's metric shrinks while its second moments grow: each Gram matrix counts by its own scale
-        gram = gram / max(float(np.mean(np.diag(gram))), 1e-300)
-        kept = 0.0 if self.gram is None else self.smoothing
-        self.gram = gram if self.gram is None else kept * self.gram + (1 - kept) * gram
-        self.weights = np.asarray(self.resolver(self.gram), dtype=np.float64)
-        if self.weights.shape != (len(self.taking_part),) or not np.isfinite(self.weights).all():
-            raise MixError(
-                f"the resolver gave {self.weights.tolist()} for {len(self.taking_part)} abilities: it must give one "
-                f"finite weight each."
-            )
-        self.factors = factors_of(self.weights, self.limits)
+        self.gram = smooth_gram(self.gram, gram / max(float(np.mean(np.diag(gram))), 1e-300), self.smoothing)
+        self.weights = weigh(self.resolver, self.gram)
+        self.factors = factors(self.weights, self.limits)
 
     def _by_source(self) -> list[float]:
         return [1.0 if ability is None else float(self.factors[ability]) for ability in self._of_source]
 
     def _write(self, step: int) -> None:
-        gram = self.gram
-        assert gram is not None
-        size = np.sqrt(np.clip(np.diag(gram), 0.0, None))
+        assert self.gram is not None
         self.record.append(
             "conflict",
             step,
             resolver=type(self.resolver).__name__.lower(),
             apply=self.apply,
             abilities=self.taking_part,
-            gram=gram.tolist(),
-            cosines=(gram / np.maximum(np.outer(size, size), 1e-300)).tolist(),
+            gram=self.gram.tolist(),
+            cosines=cosines(self.gram, shrink=0.0).tolist(),
             weights=self.weights.tolist(),
             factors=dict(zip(self.taking_part, self.factors.tolist(), strict=True)),
         )
@@ -116,26 +111,3 @@ class Reweigher:
         self.factors = np.array(state["factors"])
         if self.tap is not None:
             self.tap.factors = torch.tensor(self._by_source())
-
-
-def factors_of(weights: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
-    """Scale weights [A] to a mean of one and clip them to `limits`, the mean kept: no hidden learning rate.
-
-    Negative weights count as zero; where none is positive, all are one.
-    """
-    low, high = limits
-    positive = np.clip(weights, 0.0, None)
-    A, total = len(positive), float(positive.sum())
-    if total <= 0:
-        return np.ones(A)
-    # a trace of weight for all: where the positive ones stand at the upper limit, the others share what is left
-    wanted = positive * (A / total) + 1e-9
-    # sum over clip(c * wanted, low, high) grows with c: find the c at which it is A
-    least, most = 0.0, high / float(wanted.min())
-    for _ in range(200):
-        middle = (least + most) / 2
-        if np.clip(middle * wanted, low, high).sum() < A:
-            least = middle
-        else:
-            most = middle
-    return np.clip(most * wanted, low, high)

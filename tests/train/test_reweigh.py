@@ -10,7 +10,6 @@ from fastsft.tasks import MixError
 from fastsft.train import Steering
 from fastsft.train.logits import LogitsTap
 from fastsft.train.loop import Padding
-from fastsft.train.reweigh import factors_of
 from tests.train._support import (
     SOURCES,
     assert_adds_up,
@@ -193,37 +192,6 @@ def test_the_diagonal_is_free_of_the_noise_of_rows(tmp_path):
         assert refresh["gram"][place][place] < refresh["norms"][place]
 
 
-@pytest.mark.parametrize(
-    ("weights", "wanted"),
-    [
-        ([1.0, 1.0, 1.0], [1, 1, 1]),
-        ([2.0, 1.0, 1.0], [1.5, 0.75, 0.75]),
-        ([100.0, 1.0, 1.0], [3 - 2 / 3, 1 / 3, 1 / 3]),
-        ([1.0, 0.0, 0.0], [3 - 2 / 3, 1 / 3, 1 / 3]),
-        ([-1.0, 1.0, 1.0], [1 / 3, 4 / 3, 4 / 3]),
-        ([0.0, 0.0, -2.0], [1, 1, 1]),
-        ([1.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 0.0], [3, *[5 / 7] * 7]),
-    ],
-)
-def test_factors_keep_their_mean_and_their_limits(weights, wanted):
-    found = factors_of(np.array(weights), (1 / 3, 3.0))
-    np.testing.assert_allclose(found, wanted, atol=1e-9)
-
-
-def test_factors_of_any_weights_keep_their_mean_and_their_limits():
-    generator = np.random.default_rng(0)
-    for _ in range(200):
-        A = int(generator.integers(2, 9))
-        weights = generator.normal(size=A) * np.exp(3 * generator.normal(size=A))
-        found = factors_of(weights, (1 / 3, 3.0))
-        assert found.sum() == pytest.approx(A)
-        assert found.min() >= 1 / 3 - 1e-9
-        assert found.max() <= 3 + 1e-9
-        free = (found > 1 / 3 + 1e-6) & (found < 3 - 1e-6) & (weights > 1e-6)
-        if free.any():  # those between the limits keep their proportions
-            np.testing.assert_allclose(found[free] / weights[free], (found[free] / weights[free])[0], rtol=1e-3)
-
-
 def test_what_can_not_be_weighed_is_refused(tmp_path):
     with pytest.raises(MixError, match="sources belong to 1 of the targets"):
         train(tmp_path, Steering(resolver=Given(), abilities={"apples": "maths"}))
@@ -233,7 +201,7 @@ def test_what_can_not_be_weighed_is_refused(tmp_path):
         train(tmp_path, Steering(resolver=Given(), abilities={"pears": "maths"}))
     resolver = Given()
     resolver.weights = np.array([1.0])
-    with pytest.raises(MixError, match="one finite weight each"):
+    with pytest.raises(MixError, match="2 finite weights"):
         train(tmp_path / "a", Steering(resolver=resolver, abilities=ABILITIES))
     for settings in ({"apply": "later"}, {"smoothing": 1.0}, {"limits": (2.0, 3.0)}, {"policy": Given()}):
         with pytest.raises(MixError):
