@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastsft.attribution import Attribution, Books, Targets
     from fastsft.capturing import capture
+    from fastsft.mixing.run import run
     from fastsft.record import Record
     from fastsft.report import write_report
     from fastsft.train.attach import attach
@@ -22,14 +23,17 @@ if TYPE_CHECKING:
     from fastsft.train.config import load_config
     from fastsft.train.estimate import attribute_queries
     from fastsft.train.followed import Run
-    from fastsft.train.loop import run
     from fastsft.train.query import search_store
+    from fastsft.train.sampler import Draws
+    from fastsft.train.steering import Steering
 
 _HOMES = {
     "Attribution": "fastsft.attribution",
     "Books": "fastsft.attribution",
+    "Draws": "fastsft.train",
     "Record": "fastsft.record",
     "Run": "fastsft.train",
+    "Steering": "fastsft.train",
     "Targets": "fastsft.attribution",
     "attach": "fastsft.train",
     "attribute": "fastsft.train",
@@ -37,15 +41,17 @@ _HOMES = {
     "attribute_queries": "fastsft.train",
     "capture": "fastsft.capturing",
     "load_config": "fastsft.train",
-    "run": "fastsft.train",
+    "run": "fastsft.mixing.run",
     "search_store": "fastsft.train",
     "write_report": "fastsft.report",
 }
 __all__ = [
     "Attribution",
     "Books",
+    "Draws",
     "Record",
     "Run",
+    "Steering",
     "Targets",
     "attach",
     "attribute",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,8 @@ class Journal:
         self._steps: list[dict[str, Any]] = []
         self._counts = torch.zeros(2, len(sources), dtype=torch.float64)  # documents and tokens drawn, by source
         self._losses: list[Tensor] = []
+        # what who steers the run knows of a step's draws, beside their documents and tokens: {name: what the event says}
+        self.also: Callable[[int], dict[str, Any]] | None = None
 
     def draw(self, sources: Tensor, sizes: Sequence[int]) -> None:
         """Count the documents of a micro-batch: their sources [D], as indices, and their lengths."""
@@ -48,6 +50,7 @@ class Journal:
                 "scale": scale,
                 "identity_error": identity_error,
                 "counts": self._counts.clone(),
+                **({} if self.also is None else self.also(step)),
             }
         )
         self.forget()

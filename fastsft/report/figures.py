@@ -12,6 +12,7 @@ from typing import Any, Literal
 import altair as alt
 
 from fastsft.report.books import Book, shares
+from fastsft.report.mixing import UNITS
 from fastsft.report.run import Run
 from fastsft.report.theme import NEUTRAL
 
@@ -125,30 +126,30 @@ def agreement(
     )
 
 
-def mix(run: Run, width: Width = "container") -> alt.Chart:
-    """Draw each source's share of the documents drawn, over bins of steps."""
-    steps = [step for step in run.steps if step.get("documents")]
+def mix(run: Run, unit: str = "documents", width: Width = "container") -> alt.Chart:
+    """Draw each source's share of what was drawn, over bins of steps. unit: a key of `mixing.UNITS`."""
+    steps = [step for step in run.steps if step.get(unit)]
     size = math.ceil(len(steps) / MIX_BINS) or 1
     rows = []
     for at in range(0, len(steps), size):
         chunk = steps[at : at + size]
         for source in run.sources:
-            drawn = sum(step["documents"].get(source, 0) for step in chunk)
+            drawn = sum(step[unit].get(source, 0) for step in chunk)
             ends = [chunk[0]["step"]] + ([chunk[-1]["step"] + 1] if chunk[-1] is steps[-1] else [])
-            rows += [{"step": step, "source": source, "documents": drawn} for step in ends]
+            rows += [{"step": step, "source": source, "drawn": drawn} for step in ends]
     chart = (
         alt.Chart(alt.Data(values=rows))
         .mark_area(interpolate="step-after")
         .encode(
             x=steps_axis(),
             y=alt.Y(
-                "documents:Q",
+                "drawn:Q",
                 stack="normalize",
-                title="share of documents drawn",
+                title=f"share of {UNITS[unit]} drawn",
                 axis=alt.Axis(format="%", tickCount=5),
             ),
             color=colored("source", run.sources),
-            tooltip=["source:N", "step:Q", "documents:Q"],
+            tooltip=["source:N", "step:Q", alt.Tooltip("drawn:Q", title=UNITS[unit])],
         )
     )
     return sized(chart, width, 240)
@@ -164,22 +165,24 @@ def steps_axis() -> alt.X:
     )
 
 
-def colored(field: str, domain: Sequence[str], *, shown: Sequence[str] | None = None) -> alt.Color:
+def colored(
+    field: str, domain: Sequence[str], *, shown: Sequence[str] | None = None, columns: int | None = None
+) -> alt.Color:
     """Colour a nominal field from the theme's category range, in the order of `domain`; the legend names `shown`."""
     return alt.Color(
         f"{field}:N",
         sort=list(domain),
         scale=alt.Scale(domain=list(domain)),
         title=None,
-        legend=_key(shown or domain, symbolType="circle"),
+        legend=_key(shown or domain, columns, symbolType="circle"),
     )
 
 
-def _key(domain: Sequence[str], **settings: Any) -> alt.Legend | None:
+def _key(domain: Sequence[str], columns: int | None = None, **settings: Any) -> alt.Legend | None:
     """Give a legend that fits a phone; none for a single name."""
-    columns = alt.ExprRef("width < 480 ? 2 : 4")
+    fitting = columns or alt.ExprRef("width < 480 ? 2 : 4")
     return (
-        alt.Legend(orient="top", columns=columns, labelLimit=125, symbolOpacity=1, values=list(domain), **settings)
+        alt.Legend(orient="top", columns=fitting, labelLimit=125, symbolOpacity=1, values=list(domain), **settings)
         if len(domain) > 1
         else None
     )

@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fastsft.report.words import duration, percent, places, plain, ranked, short, signed, verdict
+from fastsft.report.conflict import harmed, opposed
+from fastsft.report.mixing import UNITS
+from fastsft.report.words import duration, percent, places, plain, ranked, short, signed, verdict, with_error
+
+# named in one line; the page has all
+MAX_SOURCES, MAX_PAIRS = 4, 3
 
 
 def summary_lines(summary: Mapping[str, Any]) -> list[str]:
@@ -14,6 +19,7 @@ def summary_lines(summary: Mapping[str, Any]) -> list[str]:
     width = max((len(ability) for ability in summary["abilities"]), default=0)
     lines += [f"{ability:<{width}}  {_ability(summary['ledger'][ability])}" for ability in summary["abilities"]]
     lines += [*_trust(summary), *_planted(summary["planted"])]
+    lines += [*_mix(summary["mix"]), *_conflict(summary["conflict"])]
     if summary["step_ratio"] is not None:
         lines.append(f"cost: a step with the books takes {summary['step_ratio']:.2f} times as long as one without")
     return [line.replace("−", "-") for line in lines]
@@ -77,6 +83,35 @@ def _each(words: str, booked: Mapping[str, Any], key: str, rival: str) -> str:
         return f"{words}: {mine}"
     theirs = ", ".join(percent(entry[rival]) for entry in booked.values())
     return f"{words}: {mine} (with gradients from interval starts alone: {theirs})"
+
+
+def _mix(mix: Mapping[str, Any] | None) -> list[str]:
+    if mix is None:
+        return []
+    start, end = mix["start"], mix["end"]
+    sizes = {source: abs(weight - start.get(source, 0.0)) for source, weight in end.items()}
+    # what two decimals would not show is not said
+    moved = sorted((source for source in end if sizes[source] >= 0.005), key=lambda source: -sizes[source])
+    said = [f"{source} {plain(start.get(source, 0.0), 2)} -> {plain(end[source], 2)}" for source in moved[:MAX_SOURCES]]
+    said += [f"{len(moved) - MAX_SOURCES} more"] if len(moved) > MAX_SOURCES else []
+    steady = ", ".join(f"{source} {plain(weight, 2)}" for source, weight in list(start.items())[:MAX_SOURCES])
+    end_said = ", ".join(said) or f"ends as it began, {steady}"
+    decided = f"{mix['moved']} of {mix['decisions']} decisions moved it" if mix["decisions"] else "nothing was decided"
+    return [f"mix ({mix['policy']}): {end_said}; {decided}"]
+
+
+def _conflict(conflict: Mapping[str, Any] | None) -> list[str]:
+    pairs = opposed(conflict) if conflict else []
+    if conflict is None or not pairs:
+        return []
+    said = [f"{one} and {other} {with_error(cell, 2)}" for one, other, cell in pairs[:MAX_PAIRS]]
+    line = f"conflict: gradient cosine, optimizer metric, below zero: {', '.join(said)}"
+    across = [(one, other, cell) for one, other, cell in harmed(conflict) if one != other]
+    if across:
+        one, other, cell = across[0]
+        size = with_error(cell, places([cell["value"]], 2))
+        line += f"; by the books data of {one} harmed {other} most, {size} nats per 1000 {UNITS[conflict['unit']]}"
+    return [line]
 
 
 def _planted(planted: Mapping[str, Any] | None) -> list[str]:

@@ -20,7 +20,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from fastsft.record import write_text
-from fastsft.report import figures, ledger_figures, tables, words
+from fastsft.report import figures, ledger_figures, mixing_page, tables, words
 from fastsft.report.books import Book, open_book
 from fastsft.report.flows import SampleFlow, sample_flows
 from fastsft.report.run import Run, read_run
@@ -70,6 +70,7 @@ def render(run: Run, summary: Mapping[str, Any], flows: Mapping[str, SampleFlow]
         abilities=[_ability(summary, ability) for ability in run.abilities],
         cells={key: tables.source_cells(summary, key) for key in ("by_source", "per_1k_tokens")},
         booked=[book.ability for book in books],
+        **mixing_page.told(run, summary),
         charts=set(charts),
         lists=lists,
         samples=samples,
@@ -100,7 +101,8 @@ def draw(
     if any(step.get("loss") is not None for step in run.steps):
         charts["train-loss"] = figures.train_loss(run, width)
     if any(step.get("documents") for step in run.steps):
-        charts["mix"] = figures.mix(run, width)
+        charts["mix"] = figures.mix(run, width=width)
+    charts |= mixing_page.draw(run, summary, width)
     if books:
         names = [book.ability for book in books]
         charts["unexplained"] = figures.unexplained(books, width)

@@ -19,6 +19,8 @@ from fastsft.record import INFLUENCE_COLUMNS, Record, RecordError, read_table
 Event = dict[str, Any]
 
 _INTERVAL_KEYS = ("measured", "by_source", "decay", "unfollowed", "residual")
+_MIX_KEYS = ("version", "from_step", "policy", "weights")
+_CONFLICT_KEYS = ("resolver", "factors")
 _PLANTED_KINDS = {"harmful": list, "duplicates": list, "useless_source": str, "helper_source": str, "helps": list}
 
 
@@ -27,6 +29,7 @@ class Run:
     """One run as read: events by kind, and the tables.
 
     drawn: one row per (step, sample, ability) with step, sample_id, source, ability, phi (float64).
+    mixes: the mixes in order of their version, empty where nothing steered the mix; conflicts: what a resolver decided.
     samples: id, source, prompt, response. planted: the content of planted.json, or None.
     """
 
@@ -37,6 +40,8 @@ class Run:
     steps: list[Event]
     refreshes: list[Event]
     intervals: list[Event]
+    mixes: list[Event]
+    conflicts: list[Event]
     notes: list[Event]
     resumes: list[Event]
     end: Event | None
@@ -59,8 +64,12 @@ def read_run(run_dir: str | Path) -> Run:
     intervals, steps = by_kind.get("interval", []), by_kind.get("step", [])
     for interval in intervals:
         _check_interval(record, interval)
+    mixes, conflicts = by_kind.get("mix", []), by_kind.get("conflict", [])
+    for event, keys in (*((mix, _MIX_KEYS) for mix in mixes), *((event, _CONFLICT_KEYS) for event in conflicts)):
+        _check_keys(record, event, keys)
     drawn = _read_drawn(record)
     named_later = [source for step in steps for source in step.get("documents", {})]
+    named_later += [source for mix in mixes for source in mix["weights"]]
     named_later += [
         source for event in intervals for entry in event["abilities"].values() for source in entry["by_source"]
     ]
@@ -72,6 +81,9 @@ def read_run(run_dir: str | Path) -> Run:
         steps=steps,
         refreshes=by_kind.get("refresh", []),
         intervals=intervals,
+        # a resumed run may say a version again: what it said last is what it drew by
+        mixes=[mix for _, mix in sorted({mix["version"]: mix for mix in mixes}.items())],
+        conflicts=conflicts,
         notes=by_kind.get("note", []),
         resumes=by_kind.get("resume", []),
         end=by_kind["end"][-1] if "end" in by_kind else None,
@@ -138,6 +150,15 @@ def _check_interval(record: Record, interval: Event) -> None:
                 f"{record.path}: the interval that ends at step {interval['step']} has no {', '.join(missing)} "
                 f"for ability {ability!r}. Was it written by another version?"
             )
+
+
+def _check_keys(record: Record, event: Event, keys: Iterable[str]) -> None:
+    missing = [key for key in keys if event.get(key) is None]
+    if missing:
+        raise RecordError(
+            f"{record.path}: the {event['event']} event of step {event['step']} has no {', '.join(missing)}. "
+            f"Was it written by another version?"
+        )
 
 
 def _read_planted(record: Record) -> Mapping[str, Any] | None:

@@ -10,7 +10,9 @@ from statistics import median
 from typing import Any
 
 from fastsft.report.books import Book, correlation, loss_at, measured_error, open_book, samples_share, shares
+from fastsft.report.conflict import summarize_conflict
 from fastsft.report.flows import SampleFlow, Spread, sample_flows, spreads
+from fastsft.report.mixing import summarize_mix
 from fastsft.report.planted import equal_texts, planted_truths
 from fastsft.report.run import Run, read_run
 
@@ -34,6 +36,32 @@ MEANINGS = {
     "correlation": "Pearson, over intervals, of by_source + decay + unfollowed with the measured change",
     "identity_error": "median over steps of the share of the optimizer's gradient that the captured gradients miss",
     "displacement_error": "median over intervals of |change of the weights - sum of its booked parts| / |change|",
+    "mix": (
+        "weights {source: share of the draws}: `start`; `end`, in force at the last step; `mean` over steps; `drawn`: "
+        "the shares of what was drawn, by what is counted. decisions: mixes decided after the first; moved: those that "
+        "changed a weight by 0.0005 or more; unused: those that no step was drawn by; path_length: sum over decisions "
+        "of half the sum of |after - before|; delay: steps after a decision that the mix before still held; null if no "
+        "policy steered the mix"
+    ),
+    "cosines": (
+        "gradient cosine, optimizer metric: G_ij / sqrt((n_i + t) (n_j + t)) of the abilities' target gradients, "
+        "n squared norms, t = 0.1 * their mean; averaged over refreshes after the first step. error: from the spread "
+        "over refreshes, widened for likeness of neighbours; the target rows are the same at all of them. The "
+        "diagonal has G from two halves of the rows: the share of a gradient that is more than noise"
+    ),
+    "interference": (
+        "by the books: what the sources of the first ability did to the second, nats per thousand `unit` drawn of "
+        "them; sum of entries / sum of tokens over intervals, error from the spread of intervals about that ratio"
+    ),
+    "slopes": (
+        "by regression: the same, from measured - decay - unfollowed of each interval on the tokens drawn of each "
+        "ability's sources, times how much the books say tokens did just then, with a trend for each; Bayesian ridge "
+        "toward `interference` with its root mean square as standard deviation; null where the error did not fall to "
+        "half of that, so the mix moved too little to tell. A mix that only drifts is hard to tell from learning that "
+        "slows: take the error as a lower bound"
+    ),
+    "resolver": "what weighed the abilities' gradients; apply: lagged (by the last refresh) or exact (in the step)",
+    "factors": "what the gradients of each ability's sources were multiplied by: last, mean, least and most",
     "step_ratio": "seconds per step with the books, over seconds per step without them (step_seconds - own_seconds)",
 }
 
@@ -75,6 +103,8 @@ def summarize_run(run: Run, flows: Mapping[str, SampleFlow]) -> dict[str, Any]:
             "equal_texts": equal_texts(run),
         },
         "drawn": {"documents": _drawn(run, "documents"), "tokens": _drawn(run, "tokens")},
+        "mix": summarize_mix(run),
+        "conflict": summarize_conflict(run),
         "loss": {"first": _loss(run, 0), "last": _loss(run, -1)},
         "seconds": end.get("seconds"),
         "step_seconds": end.get("step_seconds"),

@@ -115,3 +115,8 @@ def cause_sentence(entry: Mapping[str, Any]) -> str:
         said.append("no source harmed it")
     causes = ("; ".join(said) + ". ") if said else ""
     return f"{causes}The books leave {signed(entry['residual'], places([entry['residual']], 2))} nats unexplained."
+
+
+def with_error(cell: Mapping[str, Any], decimals: int) -> str:
+    """Write a number with its standard error."""
+    return f"{signed(cell['value'], decimals)} ± {plain(cell['error'], decimals)}"

@@ -28,10 +28,15 @@ class Controller:
         self, policy: MixPolicy, stream: MixStream, task: MixTask, record: Record, tap: LogitsTap | None = None
     ) -> None:
         self.policy, self.stream, self.task, self.record, self.tap = policy, stream, task, record, tap
-        self.name = type(policy).__name__.lower()
+        self.name = str(getattr(policy, "name", type(policy).__name__.lower()))
         self.initial: dict[str, float] = {}
         self._told: list[dict[str, Any]] = []
         self._decided: list[dict[str, float]] = []
+
+    def drawn(self, step: int) -> dict[str, Any]:
+        """Say how many supervised tokens of each source a step had."""
+        now, before = self.stream.spent(step), self.stream.spent(step - 1)
+        return {"supervised": {name: now[name][1] - before[name][1] for name in now}}
 
     def start(self, losses: Mapping[str, float], step: int) -> None:
         """Take the losses before the first step, and write down the mix that the run begins with."""
@@ -123,6 +128,7 @@ class Controller:
             error=dict(decision.error),
             why=decision.why,
             details=dict(decision.details),
+            unit=self.stream.draws.unit,
         )
 
     # resuming

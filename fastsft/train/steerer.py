@@ -74,6 +74,8 @@ class Steerer:
         if checkpoint is not None:
             self._load(checkpoint)
         books.on_refresh = self._refreshed
+        if self.controller is not None:
+            books.journal.also = self.controller.drawn
         if self.reweigher is not None and self.steering.apply == "exact":
             layout = books.layout
             left = layout.num_all - layout.num_exact

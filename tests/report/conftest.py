@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ ABILITIES = ("maths", "code", "general")
 SOURCES = ("gsm8k", "wikisql", "chat", "end")  # a source may be named like a line of the ledger
 SCRIPT = "<script>window.injected = 1; alert(1)</script>"
 CLOSE = "</script><!-- <b>bold</b> & 'quotes' \"double\""
+LATE = 2  # steps that a mix decided anew has to wait
 ARABIC = "مرحبا بالعالم"
 
 
@@ -30,10 +32,14 @@ def _make_run(
     influence: bool = True,
     tokens: bool = False,
     planted: bool = False,
+    mix: bool = False,
     end: bool = True,
     seed: int = 0,
 ) -> Record:
-    """Write a run whose residual is 1 % of each measured change, and whose samples add up to 90 % of their source."""
+    """Write a run whose residual is 1 % of each measured change, and whose samples add up to 90 % of their source.
+
+    mix: a policy moves the mix at every refresh, LATE steps after it has decided, and a resolver weighs the abilities.
+    """
     generator = np.random.default_rng(seed)
     every = 5
     record = Record.create(out)
@@ -49,20 +55,28 @@ def _make_run(
         optimizer={"name": "AdamW", "lr": 1e-3},
         model={"name": "tiny-llama", "parameters": 4_000_000, "trainable": 90_000, "digest": "ab" * 32},
         method="lora",
-        data={source: {"rows": samples, "sha256": "cd" * 32, "ability": None} for source in sources},
+        data={
+            source: {"rows": samples, "sha256": "cd" * 32, "ability": owner if mix else None}
+            for source, owner in zip_longest(sources, abilities[: len(sources)])
+        },
         targets={ability: {"rows": 64, "tokens": 900} for ability in abilities},
     )
     losses = {ability: 2.0 + 0.5 * number for number, ability in enumerate(abilities)}
     errors = dict.fromkeys(abilities, 0.05)
-    record.append("refresh", 0, losses=dict(losses), errors=errors, seconds=0.1)
+    record.append("refresh", 0, losses=dict(losses), errors=errors, seconds=0.1, **(_gram(abilities, 0) if mix else {}))
+    mixes = [_decide(sources, 0, None)]
+    if mix:
+        record.append("mix", 0, **mixes[0])
     base = generator.normal(-0.02, 0.03, (len(abilities), len(sources)))
     drawn: dict[str, list[Any]] = {name: [] for name in ("step", "sample_id", "source", "ability", "phi")}
     for number in range(intervals):
         first, last = number * every, (number + 1) * every
         for step in range(first + 1, last + 1):
+            held = [event["weights"] for event in mixes if event["from_step"] <= step][-1]
             record.append(
                 "step", step, loss=2.5 - 0.03 * step, lr=1e-3, scale=1.0, identity_error=1e-6 * (1 + step % 3),
                 documents=dict.fromkeys(sources, 4), tokens=dict.fromkeys(sources, 200),
+                **({"supervised": {source: round(800 * held[source]) for source in sources}} if mix else {}),
             )  # fmt: skip
         entries = {}
         for a, ability in enumerate(abilities):
@@ -90,7 +104,12 @@ def _make_run(
                         drawn["ability"].append(ability)
                         drawn["phi"].append(0.9 * by_source[source] * weights[position] / weights.sum())
         record.append("interval", last, **{"from": first, "to": last}, displacement_error=1e-7, abilities=entries)
-        record.append("refresh", last, losses=dict(losses), errors=errors, seconds=0.1)
+        gram = _gram(abilities, number + 1) if mix else {}
+        record.append("refresh", last, losses=dict(losses), errors=errors, seconds=0.1, **gram)
+        if mix:
+            mixes.append(_decide(sources, number + 1, mixes[-1]["weights"], last))
+            record.append("mix", last, **mixes[-1])
+            record.append("conflict", last, **_resolve(abilities, number))
     rows = _texts(sources, samples)
     if influence:
         if tokens:
@@ -112,6 +131,43 @@ def _make_run(
     if end:
         record.append("end", intervals * every, seconds=30.0, step_seconds=20.0, own_seconds=4.0, refresh_seconds=2.0)
     return record
+
+
+def _decide(sources: tuple[str, ...], version: int, before: dict[str, float] | None, step: int = 0) -> dict[str, Any]:
+    """A mix that moves to the first source from all others, less each time, and every third time not at all."""
+    share = 1 / len(sources)
+    weights = before or dict.fromkeys(sources, share)
+    if before is not None and version % 3:
+        step_down = {source: weight * (1 - 0.3 / version) for source, weight in before.items() if source != sources[0]}
+        weights = {sources[0]: 1 - sum(step_down.values()), **step_down}
+    signal = {source: 0.1 / (1 + version) - 0.02 * number for number, source in enumerate(sources)}
+    return {
+        "version": version, "draw": 16 * (step + LATE) if version else 0,
+        "from_step": step + 1 + LATE if version else 1,
+        "policy": "align", "weights": weights, "before": before, "signal": signal if version else {},
+        "error": {source: None if source == sources[-1] else 0.01 for source in signal} if version else {},
+        "why": f"{sources[0]} lowers its ability's loss most per token {SCRIPT}" if version else "the start.",
+        "details": {},
+    }  # fmt: skip
+
+
+def _gram(abilities: tuple[str, ...], number: int) -> dict[str, Any]:
+    """Squared norms of 4 and a bit; the first two abilities oppose each other, with a product of -1.5, others agree."""
+    norms = [4.0 + 0.1 * place for place in range(len(abilities))]
+    gram = np.full((len(abilities), len(abilities)), 0.5) + 0.1 * (-1) ** number
+    gram[:2, :2] = -1.5 + 0.2 * (-1) ** number
+    np.fill_diagonal(gram, 3.0)
+    return {"gram": gram.tolist(), "norms": norms}
+
+
+def _resolve(abilities: tuple[str, ...], number: int) -> dict[str, Any]:
+    factors = {ability: 1 + (0.1 + 0.02 * number) * (-1) ** place for place, ability in enumerate(abilities)}
+    table = np.eye(len(abilities)).tolist()
+    weights = [1 / len(abilities)] * len(abilities)
+    return {
+        "resolver": "upgrad", "apply": "lagged", "abilities": list(abilities), "gram": table, "cosines": table,
+        "weights": weights, "factors": factors,
+    }  # fmt: skip
 
 
 def _texts(sources: tuple[str, ...], samples: int) -> list[tuple[str, str, str, str]]:

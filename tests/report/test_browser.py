@@ -30,7 +30,7 @@ def browser(make_run, tmp_path_factory) -> Iterator:
             pytest.fail("chromium and chromedriver must be installed where CI=true")
         pytest.skip("needs chromium and chromedriver, which are not installed")
     folder = tmp_path_factory.mktemp("browser")
-    page = write_report(make_run(folder / "run", tokens=True, planted=True, samples=24).out)
+    page = write_report(make_run(folder / "run", tokens=True, planted=True, mix=True, samples=24).out)
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
     for flag in (*_FLAGS.split(), f"--user-data-dir={folder / 'profile'}"):
@@ -83,7 +83,7 @@ def fresh(browser) -> None:
 
 def test_every_chart_is_drawn(browser):
     places = browser.find_elements(By.CSS_SELECTOR, "[data-chart]")
-    assert len(places) == 3 * 2 + 6
+    assert len(places) == 3 * 2 + 6 + 5
     for place in places:
         marks = place.find_elements(By.CSS_SELECTOR, "svg .mark-group path, svg .mark-line path, svg .mark-symbol path")
         assert marks, place.get_attribute("id")
@@ -95,6 +95,25 @@ def test_nothing_wider_than_a_phone(browser):
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     try:
         assert browser.execute_script("return document.documentElement.scrollWidth") == 400
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_reason_of_a_decision_is_shown_as_text_and_does_not_run(browser):
+    cells = browser.find_elements(By.CSS_SELECTOR, ".decisions td[dir=auto]")
+    assert len(cells) == 6
+    assert cells[0].text.endswith("<script>window.injected = 1; alert(1)</script>")
+    assert browser.execute_script("return window.injected") is None
+
+
+def test_decisions_are_stacked_on_a_phone(browser):
+    cells = browser.find_elements(By.CSS_SELECTOR, ".decisions tbody tr:first-child > *")
+    assert cells[0].location["y"] == cells[2].location["y"]
+    size = {"width": 400, "height": 900, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        tops = [cell.location["y"] for cell in cells]
+        assert tops == sorted(set(tops))
     finally:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 

@@ -118,9 +118,10 @@ def test_influence_that_is_not_a_number_is_refused(run):
 
 
 def test_pictures_are_drawings_of_every_chart(run, tmp_path):
-    paths = write_pictures(run(abilities=("maths", "a/b"), intervals=3).out, tmp_path / "pictures")
+    paths = write_pictures(run(abilities=("maths", "a/b"), intervals=3, mix=True).out, tmp_path / "pictures")
     names = {path.name for path in paths}
     assert {"ledger-1-maths.svg", "ledger-2-a-b.png", "sources.svg", "target-losses.png", "mix.svg"} <= names
+    assert {"mix-weights.svg", "mix-supervised.svg", "mix-signal.png", "cosines.svg", "factors.png"} <= names
     for path in paths:
         content = path.read_bytes()
         assert content.startswith(b"<svg" if path.suffix == ".svg" else b"\x89PNG")

@@ -57,6 +57,9 @@ def test_every_step_holds_the_mix_and_the_policy_is_told_of_it(tmp_path):
     tokens = {row.id: sum(label != -100 for label in row.labels[1:]) for row in trainer.train_dataset.rows}
     drawn = drawn_of(run.record)
     for told in policy.told:
+        for event in run.record.events("step"):
+            own = [id for id in drawn[event["step"]] if source_of[id] == "clouds"]
+            assert event["supervised"]["clouds"] == sum(tokens[id] for id in own)
         for name in SOURCES:
             steps = range(told.first + 1, told.step + 1)
             own = [id for step in steps for id in drawn[step] if source_of[id] == name]
