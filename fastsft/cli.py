@@ -66,6 +66,9 @@ class Loss(StrEnum):
 
 Explain = Annotated[bool, typer.Option("--explain", help="Print the Python call instead of running it.")]
 
+mix_app = typer.Typer(help="Choose how sources are mixed.", no_args_is_help=True)
+app.add_typer(mix_app, name="mix")
+
 
 @app.command()
 def demo(
@@ -98,7 +101,7 @@ def run(
         typer.echo(f"{imports}\nfastsft.run(fastsft.load_config({str(config)!r}){given}, resume={resume})")
         return
     from fastsft.train import load_config
-    from fastsft.train import run as run_file
+    from fastsft.mixing.run import run as run_file
 
     with _plain_errors():
         _finish(run_file(load_config(config), root=root, resume=resume).record.out)
@@ -351,6 +354,58 @@ def evaluate(
     typer.echo(f"all of it: {run_dir / 'evaluate' / 'evaluate.json'}")
 
 
+@mix_app.command("plan")
+def mix_plan(
+    config: Annotated[Path, typer.Argument(help="Run file (see examples/).")],
+    pilots: Annotated[
+        int, typer.Option(help="Short trainings, each of another mix: 2 more than sources, or more.")
+    ] = 16,
+    share: Annotated[float, typer.Option(help="Of the run's steps, that a pilot has.")] = 0.25,
+    priorities: Annotated[
+        str, typer.Option(help="Weights of the targets in the mean, as maths=2,code=1.", show_default="1 each")
+    ] = "",
+    budget: Annotated[
+        str | None, typer.Option(help="Wall time, as 90s, 30m or 2h; no pilot is begun that would end after it.")
+    ] = None,
+    processes: Annotated[int, typer.Option(help="Pilots at a time, a thread each.")] = 2,
+    seed: Annotated[int, typer.Option(help="Seed of the mixes that are tried.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder to write; the run's own with -mix unless told.")] = None,
+    root: Annotated[Path | None, typer.Option(help="Folder that relative paths in the run file start from.")] = None,
+    explain: Explain = False,
+) -> None:
+    """Predict the mix to start with from short pilot runs, and write it down for `mix.start` of a run file."""
+    given: dict[str, Any] = {"pilots": pilots, "share": share, "processes": processes, "seed": seed}
+    with _plain_errors():
+        given |= {"priorities": _numbers("--priorities", priorities)} if priorities else {}
+    given |= {} if budget is None else {"budget": budget}
+    given |= {name: str(place) for name, place in (("out", out), ("root", root)) if place is not None}
+    if explain:
+        said = ", ".join(f"{key}={value!r}" for key, value in given.items())
+        typer.echo("from fastsft.mixing.plan import plan_mix\n\nif __name__ == '__main__':  # it spawns processes")
+        typer.echo(f"    print(plan_mix({str(config)!r}, {said}))")
+        return
+    from fastsft.mixing.plan import MIX, plan_mix
+
+    with _plain_errors():
+        plan = plan_mix(config, say=typer.echo, **given)
+    typer.echo(f"\n{plan}")
+    typer.echo(f"for the run file: mix: {{policy: ..., start: {Path(plan.out) / MIX}}}")
+
+
+def _numbers(option: str, text: str) -> dict[str, float]:
+    """Read "name=number,name=number"."""
+    from fastsft.train import ConfigError
+
+    found = {}
+    for part in text.split(","):
+        name, _, number = part.rpartition("=")
+        try:
+            found[name.strip()] = float(number)
+        except ValueError:
+            raise ConfigError(f"{option} must list numbers by name, as maths=2,code=1: got {part.strip()!r}.") from None
+    return found
+
+
 @app.command()
 def doctor(explain: Explain = False) -> None:
     """Say which kernels run here, and why others don't."""
@@ -389,9 +444,10 @@ class _plain_errors:
         from fastsft.launch import LaunchError
         from fastsft.record import RecordError
         from fastsft.store import StoreError
+        from fastsft.tasks import MixError
         from fastsft.train import AttachError, ConfigError
 
-        mendable = AttachError, ConfigError, DataError, EvaluationError, LaunchError, RecordError, StoreError
+        mendable = AttachError, ConfigError, DataError, EvaluationError, LaunchError, MixError, RecordError, StoreError
         if isinstance(error, mendable):
             typer.echo(f"fastsft: {' '.join(str(error).split())}", err=True)
             raise typer.Exit(2) from None

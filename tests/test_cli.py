@@ -57,6 +57,19 @@ COMMANDS = {
         "--root",
         "run_dir",
     ],
+    "mix plan": [
+        "--budget",
+        "--explain",
+        "--help",
+        "--out",
+        "--pilots",
+        "--priorities",
+        "--processes",
+        "--root",
+        "--seed",
+        "--share",
+        "config",
+    ],
     "report": ["--explain", "--help", "--open", "--pictures", "run_dir"],
     "run": ["--explain", "--help", "--resume", "--root", "config"],
     "search": [
@@ -90,9 +103,11 @@ def assert_one_sentence(result, *words):
 
 
 def test_commands_and_options_are_frozen():
-    group = typer.main.get_command(cli.app)
+    commands = dict(typer.main.get_command(cli.app).commands)
+    for group in [name for name, command in commands.items() if hasattr(command, "commands")]:
+        commands |= {f"{group} {name}": command for name, command in commands.pop(group).commands.items()}
     found = {}
-    for name, command in group.commands.items():
+    for name, command in commands.items():
         context = click.Context(command)
         parameters = command.get_params(context)
         found[name] = sorted(option for each in parameters for option in (each.opts or [each.name]))
@@ -117,6 +132,13 @@ def test_commands_and_options_are_frozen():
             [
                 "if __name__ == '__main__':\n    print(evaluate('runs/a', methods=['ekfac', 'less'], budget='2h', "
                 "processes=2, with_removal=True, root='r'))"
+            ],
+        ),
+        (
+            ["mix", "plan", "a.yaml", "--pilots", "9", "--budget", "2h", "--priorities", "maths=2,code=1"],
+            [
+                "if __name__ == '__main__':\n    print(plan_mix('a.yaml', pilots=9, share=0.25, processes=2, seed=0, "
+                "priorities={'maths': 2.0, 'code': 1.0}, budget='2h'))"
             ],
         ),
         (
@@ -309,6 +331,8 @@ def test_what_a_user_can_mend_is_one_sentence(tmp_path):
     wrong.write_text(good.read_text().replace("batch_size:", "batchsize:"))
     assert_one_sentence(call("run", wrong), "wrong.yaml", "`train.batchsize`", "`train.batch_size`")
     assert_one_sentence(call("run", good, "--root", tmp_path, "--resume"), "no whole checkpoint")
+    assert_one_sentence(call("mix", "plan", good, "--pilots", 3), "3 pilots can't tell 3 sources apart", "5 or more")
+    assert_one_sentence(call("mix", "plan", good, "--priorities", "maths"), "as maths=2,code=1: got 'maths'")
     (tmp_path / "maths.jsonl").rename(tmp_path / "moved.jsonl")
     assert_one_sentence(call("run", good, "--root", tmp_path), "maths.jsonl: no such file")
     (tmp_path / "maths.jsonl").write_text('{"prompt": "w2"}\n')

@@ -23,7 +23,7 @@ class Journal:
         self._steps: list[dict[str, Any]] = []
         self._counts = torch.zeros(2, len(sources), dtype=torch.float64)  # documents and tokens drawn, by source
         self._losses: list[Tensor] = []
-        # what who steers the run knows of a step's draws, beside their documents and tokens: {name: what the event says}
+        # what else is known of a step by whoever steers the run: {name: what the event says}
         self.also: Callable[[int], dict[str, Any]] | None = None
 
     def draw(self, sources: Tensor, sizes: Sequence[int]) -> None:
