@@ -87,11 +87,13 @@ def _check(trainer: Any) -> None:
     """Refuse a trainer that samples by a rule of its own."""
     from transformers import Trainer
 
-    strategy = trainer.args.train_sampling_strategy
+    # older transformers have only group_by_length
+    old = "group_by_length" if getattr(trainer.args, "group_by_length", False) else "random"
+    strategy = getattr(trainer.args, "train_sampling_strategy", old)
     if strategy != "random":
         raise MixError(
-            f"two mixes are asked for at once: the trainer samples by train_sampling_strategy={strategy!r}, and a mix "
-            f"is steered. Leave one out."
+            f"two mixes are asked for at once: the trainer samples by {strategy!r}, and a mix is steered. Leave one "
+            f"out."
         )
     own = type(trainer)._get_train_sampler
     if own is not Trainer._get_train_sampler or "_get_train_sampler" in vars(trainer):
