@@ -100,8 +100,8 @@ def run(
         imports = "import fastsft" if root is None else "from pathlib import Path\n\nimport fastsft"
         typer.echo(f"{imports}\nfastsft.run(fastsft.load_config({str(config)!r}){given}, resume={resume})")
         return
-    from fastsft.train import load_config
     from fastsft.mixing.run import run as run_file
+    from fastsft.train import load_config
 
     with _plain_errors():
         _finish(run_file(load_config(config), root=root, resume=resume).record.out)
@@ -381,7 +381,7 @@ def mix_plan(
     given |= {name: str(place) for name, place in (("out", out), ("root", root)) if place is not None}
     if explain:
         said = ", ".join(f"{key}={value!r}" for key, value in given.items())
-        typer.echo("from fastsft.mixing.plan import plan_mix\n\nif __name__ == '__main__':  # it spawns processes")
+        typer.echo("from fastsft.mixing import plan_mix\n\nif __name__ == '__main__':  # it spawns processes")
         typer.echo(f"    print(plan_mix({str(config)!r}, {said}))")
         return
     from fastsft.mixing.plan import MIX, plan_mix
@@ -389,7 +389,10 @@ def mix_plan(
     with _plain_errors():
         plan = plan_mix(config, say=typer.echo, **given)
     typer.echo(f"\n{plan}")
-    typer.echo(f"for the run file: mix: {{policy: ..., start: {Path(plan.out) / MIX}}}")
+    start = (Path(plan.out) / MIX).resolve()
+    home = Path(root or ".").resolve()
+    start = start.relative_to(home) if start.is_relative_to(home) else start  # as the run file's paths are read
+    typer.echo(f"for the run file: mix: {{policy: ..., start: {start}}}")
 
 
 def _numbers(option: str, text: str) -> dict[str, float]:
