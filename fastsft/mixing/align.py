@@ -12,6 +12,7 @@ import numpy as np
 
 from fastsft.mixing._steered import Steered
 from fastsft.mixing.core import CLIP, Array, check_number, named, sentence, vector, with_error
+from fastsft.mixing.horizon import ahead
 from fastsft.mixing.rates import Intervals, Rates
 from fastsft.tasks import Decision, Feedback, MixError
 
@@ -27,8 +28,11 @@ class Align(Steered):
     gradients: what i did to j's loss, in nats. So A_ij, minus the entries by the tokens that made them, is what another
     token of i does now. s = A w weighs the abilities; sources above the mix's mean gain shares. If returns diminish and
     add up, the best fixed mix ends with equal returns, and giving to the highest leads there; where abilities conflict,
-    equal returns are a stationary point of the weighted loss. It looks one interval ahead: what pays only late, along
-    directions that are learnt slowly, it does not see.
+    equal returns are a stationary point of the weighted loss.
+
+    horizon: the share of the rest of the run over which a return is taken (`horizon.ahead`), 0 for now alone. Without
+    one, abilities that are learnt and only kept from being forgotten take the shares of those still to be learnt. What
+    pays late, along directions that are learnt slowly, it does not see.
 
     As DoGE, DGA and FastMix, by alignment of gradients; theirs are those of a batch, in the metric of SGD, and these of
     every sample of the interval, in that of the optimizer.
@@ -40,9 +44,12 @@ class Align(Steered):
     mean of all, in the mean's magnitude: slow abilities gain weight (GRAPE, group DRO).
     """
 
-    # what an interval weighs against the next. A long memory lags behind the steep start of a run: on the worlds of
-    # tests/mixing/_support.py .8 closed 59 % of the gap to the best static mix, .3 closed 66 % (noise 0.5, 6 seeds)
-    decay: float = 0.3
+    # small steps: a source's returns answer to its own share, and larger ones go to and fro between two mixes
+    eta: float = 0.2
+    prior_strength: float = 0.03
+    # what an interval weighs against the next
+    decay: float = 0.5
+    horizon: float = 0.5
     objective: Literal["relative", "nats"] = "relative"
     balance: Literal["fixed", "rate"] = "fixed"
     eta_balance: float = 0.2
@@ -54,6 +61,7 @@ class Align(Steered):
         if check_number("decay", self.decay, low=0) >= 1:
             raise MixError(f"`decay` must be below 1: got {self.decay}. 0 keeps the last interval only.")
         check_number("eta_balance", self.eta_balance, low=0)
+        check_number("horizon", self.horizon, low=0, high=1)
         for name, allowed in (("objective", ("relative", "nats")), ("balance", ("fixed", "rate"))):
             if getattr(self, name) not in allowed:
                 raise MixError(f"`{name}` must be one of {', '.join(allowed)}: got {getattr(self, name)!r}.")
@@ -68,8 +76,8 @@ class Align(Steered):
         if self.balance == "rate":
             self.moving = self._rebalanced(feedback)
         importance = importance_of(self.objective, self.moving, abilities, feedback)
-        rates = self.intervals.rates(importance)
         weights, caps = vector(names, feedback.weights), self.caps(feedback)
+        rates = self.intervals.rates(importance) if self.horizon == 0 else self._ahead(feedback, importance, weights)
         if len(self.intervals) < _FEWEST:
             rates = Rates(rates.signal, np.full(len(names), np.inf), rates.scale)
         moved = self.move(weights, self.prior, rates.signal, rates.error, caps, rates.scale)
@@ -87,6 +95,20 @@ class Align(Steered):
         said = [*_mean(weights, rates), *moved.said]
         why = sentence(names, weights, moved.weights, lambda at: worth(rates, moved.z, at), said, held)
         return self.answer(moved, rates.signal, rates.error, why, details)
+
+    def _ahead(self, feedback: Feedback, importance: Array, weights: Array) -> Rates:
+        """Rates over the rest of the run, as far as the horizon sees; their scale is the mix's mean magnitude."""
+        A, errors = self.intervals.table()
+        drawn = float(sum(feedback.used.values()))
+        rest = drawn * (1 - feedback.progress) / feedback.progress if feedback.progress > 0 else 0.0
+        losses = vector(self.task.abilities, feedback.losses)
+        tokens = max(self.horizon * rest, 1.0)
+        found = ahead(A / 1000, errors / 1000, losses, weights, importance, tokens)
+        known = np.isfinite(A).any(0)
+        signal = np.where(known, 1000 * found.signal, np.nan)
+        share = np.where(known, weights, 0.0)
+        scale = float(share @ np.abs(np.where(known, signal, 0.0)) / share.sum()) if share.sum() > 0 else 0.0
+        return Rates(signal, 1000 * found.error, scale)
 
     def _rebalanced(self, feedback: Feedback) -> Array:
         gain = -vector(self.task.abilities, feedback.measured) / vector(self.task.abilities, feedback.initial)

@@ -47,7 +47,7 @@ class Intervals:
     def add(self, feedback: Feedback) -> None:
         entries = np.array([vector(self.sources, feedback.entries[ability]) for ability in self.abilities])
         self.entries = [*self.entries, entries][-self._longest :]
-        self.tokens = [*self.tokens, vector(self.sources, feedback.tokens)][-self._longest :]
+        self.tokens = [*self.tokens, vector(self.sources, feedback.credited)][-self._longest :]
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -111,7 +111,7 @@ class Slope(Steered):
 
     def _learn(self, feedback: Feedback) -> tuple[Array, Array]:
         """Take in an interval; give Theta [J, K], nats a thousand tokens, and its covariances [J, K, K]."""
-        tokens = vector(self.task.names, feedback.tokens) / 1000
+        tokens = vector(self.task.names, feedback.credited) / 1000
         A, errors = self.intervals.table()
         means, covariances = [], []
         for at, ability in enumerate(self.task.abilities):

@@ -7,18 +7,24 @@ tells its policy everything again, and checks that it decides as it did.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch.distributed as dist
 
 from fastsft.attribution.ledger import Entry
+from fastsft.attribution.optimizer import Echo
 from fastsft.attribution.ranks import rank
 from fastsft.attribution.targets import TargetState
 from fastsft.record import Record
 from fastsft.tasks import Decision, Feedback, Mix, MixError, MixPolicy, MixTask
 from fastsft.train.logits import LogitsTap
 from fastsft.train.sampler import MixStream, Stamped
+
+# what is left of a gradient in the momentum that counts as nothing
+_SILENT = 1e-9
 
 
 class Controller:
@@ -29,6 +35,8 @@ class Controller:
     ) -> None:
         self.policy, self.stream, self.task, self.record, self.tap = policy, stream, task, record, tap
         self.name = str(getattr(policy, "name", type(policy).__name__.lower()))
+        # how a step's gradient lives on in the optimizer's momentum; None: it does not
+        self.echo: Echo | None = None
         self.initial: dict[str, float] = {}
         self._told: list[dict[str, Any]] = []
         self._decided: list[dict[str, float]] = []
@@ -76,11 +84,26 @@ class Controller:
                 measured={ability: entry.measured for ability, entry in entries.items()},
                 entries={ability: entry.by_source for ability, entry in entries.items()},
                 tokens={name: used[name] - before[name][1] for name in used},
+                credited=self._credited(first, step),
                 used=used,
                 weights=dict(self.stream.mix.weights),
                 train_losses=losses,
             )
         )
+
+    def _credited(self, first: int, last: int) -> dict[str, float]:
+        """Supervised tokens by source whose gradients the steps after `first` up to `last` turned into displacement."""
+        echo = self.echo or Echo(first=1.0, decay=0.0, extra=0.0)
+        whole = echo.first / (1.0 - echo.decay) + echo.extra
+        heard = math.ceil(math.log(_SILENT) / math.log(echo.decay)) if echo.decay else 0
+        begin = max(0, first - heard)
+        counts = [[row[1] for row in self.stream.spent(step).values()] for step in range(begin, last + 1)]
+        moment, found = np.zeros(len(self.stream.names)), np.zeros(len(self.stream.names))
+        for step, drawn in enumerate(np.diff(counts, axis=0).astype(np.float64), start=begin + 1):
+            moment = echo.decay * moment + echo.first * drawn
+            if step > first:
+                found += (moment + echo.extra * drawn) / whole
+        return dict(zip(self.stream.names, found.tolist(), strict=True))
 
     def _ask(self, told: Mapping[str, Any]) -> Decision:
         decision = self.policy.decide(Feedback(**told))

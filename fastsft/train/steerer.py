@@ -76,6 +76,7 @@ class Steerer:
         books.on_refresh = self._refreshed
         if self.controller is not None:
             books.journal.also = self.controller.drawn
+            self.controller.echo = books.rule.echo()
         if self.reweigher is not None and self.steering.apply == "exact":
             layout = books.layout
             left = layout.num_all - layout.num_exact

@@ -164,6 +164,7 @@ def feedback_of(world, at, entries, tokens, used, before, losses, mix):
         measured=by_ability(losses - before),
         entries={ability: by_source(row) for ability, row in zip(world.abilities, entries, strict=True)},
         tokens=by_source(np.round(THOUSAND * tokens).astype(int)),
+        credited=by_source(np.round(THOUSAND * tokens).astype(int)),
         used=by_source(np.round(THOUSAND * used).astype(int)),
         weights=by_source(mix),
         train_losses=by_source(np.full(len(world.sources), float(losses.mean()))),
@@ -219,7 +220,8 @@ def told(sources=("a", "b"), abilities=("a", "b"), **changed):
         "used": dict.fromkeys(sources, THOUSAND),
         "weights": dict.fromkeys(sources, 1 / K),
     }
-    return Feedback(**{**given, **changed})
+    # no momentum, unless a test says so
+    return Feedback(**{"credited": changed.get("tokens", given["tokens"]), **given, **changed})
 
 
 def task(sources=("a", "b"), abilities=("a", "b"), own=None, tokens=None, seed=0):

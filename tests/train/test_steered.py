@@ -80,6 +80,23 @@ def test_every_step_holds_the_mix_and_the_policy_is_told_of_it(tmp_path):
     assert first["weights"] == SHARES
 
 
+@pytest.mark.parametrize(("optimizer", "beta"), [("adamw_torch", 0.9), ("sgd", 0.0)])
+def test_tokens_are_credited_to_the_interval_in_which_momentum_spends_them(tmp_path, optimizer, beta):
+    trainer = make_trainer(tmp_path / "t", make_lora(), RowDataset(make_rows(48)), max_steps=9, optim=optimizer)
+    policy = Follow()
+    told = []
+    policy.decide = lambda feedback: (told.append(feedback), Follow.decide(policy, feedback))[1]
+    run = attach(trainer, tmp_path / "run", policy)
+    trainer.train()
+    drawn = np.array([list(event["supervised"].values()) for event in run.record.events("step")], dtype=float)
+    for feedback in told:
+        spent = np.zeros(3)
+        for step in range(feedback.first + 1, feedback.step + 1):
+            spent += sum((1 - beta) * beta ** (step - draw) * drawn[draw - 1] for draw in range(1, step + 1))
+        np.testing.assert_allclose(list(feedback.credited.values()), spent, rtol=1e-12)
+    assert any(feedback.credited != feedback.tokens for feedback in told) == (beta > 0)
+
+
 def test_accumulated_micro_batches_are_one_step_of_the_mix(tmp_path):
     seen = []
     for batch, accumulation in ((8, 1), (2, 4)):
