@@ -1,8 +1,8 @@
 """Write README's benchmark tables from committed rows: `python -m benchmarks.table [--readme FILE]`.
 
-A table stands between `<!-- table:NAME -->` and `<!-- /table -->`; NAME is aims, rivals, gpu or lds. Only rows in
-benchmarks/results/ are read: aims_cpu.jsonl, rivals_*.jsonl with system_index_build_cpu.jsonl, gpu_*.jsonl,
-lds_*.jsonl.
+A table stands between `<!-- table:NAME -->` and `<!-- /table -->`; NAME is aims, rivals, gpu, lds or mixing. Only
+rows in benchmarks/results/ are read: aims_cpu.jsonl, rivals_*.jsonl with system_index_build_cpu.jsonl, gpu_*.jsonl,
+lds_*.jsonl, mixing_*.jsonl.
 """
 
 from __future__ import annotations
@@ -167,11 +167,85 @@ def between(value: list[float], form: str = ".2f") -> str:
     return f"{mean} ({low} to {high})"
 
 
+def mixing_table(results: Path) -> str:
+    """Every arm's mean loss against uniform's and its share of the gap to the oracle, by setting."""
+    rows = read_rows(results, "mixing_*.jsonl")
+    return mixing_summary(rows) + signature(rows) if rows else NOT_MEASURED
+
+
+def mixing_summary(rows: list[Row]) -> str:
+    """A line an arm, a column a setting: its loss against uniform's in per cent, and its share of the gap."""
+    cases = {row["case"]: row for row in rows if row["provider"] == "uniform"}
+    found = {(row["provider"], row["case"]): row for row in rows}
+    arms = dict.fromkeys(row["provider"] for row in rows)
+    lines = [[arm, *(_mixing_cell(found.get((arm, case))) for case in cases)] for arm in arms]
+    about = "".join(_mixing_setting(row, found.get(("oracle", case))) for case, row in cases.items())
+    return f"{about}\n{markdown(['arm', *(_short(case) for case in cases)], lines)}"
+
+
+def mixing_details(rows: list[Row]) -> str:
+    """A table for each setting: what every arm reached, what it cost, how far its mix moved."""
+    head = ["arm", "mean loss", "minus uniform (95 %)", "of the gap (95 %)", "worst ability", "most lost",
+            "tokens to uniform's loss", "a step against uniform's", "path"]  # fmt: skip
+    tables = []
+    for case in dict.fromkeys(row["case"] for row in rows):
+        lines = [_mixing_line(row) for row in rows if row["case"] == case]
+        tables.append(f"### {_short(case)}\n\n{markdown(head, lines)}")
+    return "\n".join(tables)
+
+
+def _mixing_setting(uniform: Row, oracle: Row | None) -> str:
+    """Say what uniform reached, and where the oracle was found."""
+    text = f"- {_short(uniform['case'])}: uniform ends at {_average(uniform['loss']):.3f} nats a token"
+    if oracle is None:
+        return f"{text}, {len(uniform['seeds'])} seeds; no oracle was searched for\n"
+    mix = ", ".join(f"{source} {100 * share:.0f} %" for source, share in oracle["mix"].items() if share > 0)
+    return (
+        f"{text}, the oracle at {_average(oracle['loss']):.3f}, {len(uniform['seeds'])} seeds; it is the best of "
+        f"{oracle['search']['runs']} runs on other seeds: {mix}\n"
+    )
+
+
+def _mixing_cell(row: Row | None) -> str:
+    if row is None:
+        return ""
+    if row["provider"] == "uniform":
+        return f"{_average(row['loss']):.3f}"
+    mean, low, high = (100 * value for value in row["relative"])
+    share = "" if row["closed"] is None or row["provider"] == "oracle" else f"; {100 * row['closed'][0]:.0f} % of gap"
+    return f"{mean:+.1f} % ({low:+.1f} to {high:+.1f}){share}"
+
+
+def _mixing_line(row: Row) -> list[str]:
+    reached = sorted(math.inf if value is None else value for value in row["to_uniform"])
+    middle = reached[len(reached) // 2]
+    return [
+        row["provider"],
+        f"{_average(row['loss']):.3f}",
+        between(row["minus_uniform"], "+.3f"),
+        "" if row["closed"] is None else between(row["closed"]),
+        f"{_average(row['worst']):.3f}",
+        f"{_average(row['lost']):+.3f}",
+        "not reached" if middle == math.inf else f"{100 * middle:.0f} %",
+        f"{row['overhead']:.2f}",
+        f"{_average(row['path_length']):.2f}",
+    ]
+
+
+def _average(values: list[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _short(case: str) -> str:
+    return case.removeprefix("world:")
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "aims": aims_table,
     "rivals": rivals_table,
     "gpu": gpu_table,
     "lds": lds_table,
+    "mixing": mixing_table,
 }
 
 

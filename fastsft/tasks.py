@@ -105,8 +105,8 @@ class Feedback:
     first step, now, and the standard error of now over target rows. measured {ability: nats}: change over the interval.
     entries {ability: {source: nats}}: what the books say each source did in it; negative lowered the loss, so it
     helped. tokens {source}: supervised tokens drawn in the interval; used {source}: since the run began.
-    credited {source}: supervised tokens by when the optimizer's momentum turned them into displacement, of which entries
-    are: half of an interval's may come from draws before it. Without momentum these are `tokens`.
+    credited {source}: supervised tokens by when the optimizer's momentum turned them into displacement, of which
+    entries are: half of an interval's may come from draws before it. Without momentum these are `tokens`.
     weights {source}: the mix that was decided last, from which a policy moves on.
     train_losses {source: nats per supervised token}: mean over the interval's batches; empty unless the policy has
     `needs_train_losses = True`.

@@ -38,7 +38,7 @@ class Moved(NamedTuple):
 class Steps:
     """How far and where to a mix moves at one decision.
 
-        z = clip((s - <p, s>) / scale, -2, 2), shrunk by max(0, 1 - (gate * error / |s - <p, s>|)^2)
+        z = clip((s - <p, s>) / scale, -2, 2) less `slack`, shrunk by max(0, 1 - (gate * error / |s - <p, s>|)^2)
         q = softmax((1 - prior_strength) log p + prior_strength log p0 + eta z)
         p' = argmin KL(p' || q) over {floor_i <= p'_i <= cap_i, |log p'_i - log p_i| <= trust, sum one}
 
@@ -58,6 +58,8 @@ class Steps:
     trust: float = 0.5
     # a signal moves its source only where it differs from the mix's mean by more standard errors than this; 0: always
     gate: float = 0.7
+    # differences from the mix's mean that are smaller than this share of it move nothing, and others by the rest
+    slack: float = 0.0
     # epochs of a source after which it is drawn no more: for all, or {source: epochs}
     max_epochs: float | Mapping[str, float] | None = None
 
@@ -66,6 +68,7 @@ class Steps:
         check_number("prior_strength", self.prior_strength, low=0, high=1)
         check_number("floor", self.floor, low=0, high=0.5)
         check_number("gate", self.gate, low=0)
+        check_number("slack", self.slack, low=0)
         if check_number("trust", self.trust, low=0, high=100) == 0:
             raise MixError(
                 "`trust` must be positive: a mix that may not move is the policy 'static'. The default is 0.5."
@@ -81,6 +84,11 @@ class Steps:
                 f"half of the mix free. Give at most {math.floor(500 / K) / 1000:g}."
             )
         check_names("max_epochs", self.max_epochs, task.names, "source")
+
+    @property
+    def anchor(self) -> float:
+        """How much of the log of the prior enters the next mix."""
+        return self.prior_strength
 
     def move(
         self, weights: Array, prior: Array, signal: Array, error: Array, caps: Array, scale: float | None = None
@@ -109,6 +117,7 @@ class Steps:
         bound = np.where(np.isnan(error), 0.0, self.gate * noise)
         clear = np.abs(away) > bound
         z = np.where(clear, away / by, 0.0) if by > 0 else np.zeros(len(weights))
+        z = np.sign(z) * np.maximum(np.abs(z) - self.slack, 0.0)
         kept = 1 - np.divide(bound, np.abs(away), out=np.zeros(len(weights)), where=clear) ** 2
         return np.clip(z, -CLIP, CLIP) * kept
 
@@ -116,7 +125,7 @@ class Steps:
         """Take the mirror step with `push` [K] added to the logs, and project it onto what is allowed."""
         live = (weights > 0) & (prior > 0)
         q = np.zeros(len(weights))
-        g = self.prior_strength
+        g = self.anchor
         logs = (1 - g) * np.log(weights[live]) + g * np.log(prior[live]) + push[live]
         q[live] = np.exp(logs - logs.max())
         return self.within(weights, prior, q, z, caps)

@@ -12,7 +12,7 @@ SEEDS = range(3)
 
 
 def mean_closed(world, **settings):
-    return np.mean([closed(world, simulate(world, Align(**settings), seed=seed)[0]) for seed in SEEDS])
+    return np.mean([closed(world, simulate(world, Align(slack=0.0, **settings), seed=seed)[0]) for seed in SEEDS])
 
 
 @pytest.mark.parametrize("name", ["transfer", "useless", "harmful", "saturating", "late"])
@@ -24,9 +24,32 @@ def test_where_a_source_harms_noise_may_be_four_times_as_large():
     assert mean_closed(worlds(noise=2.0)["harmful"]) > 0.4
 
 
+def test_small_differences_move_nothing():
+    """The slack is in units of the mix's mean return: 0.6 of it either way is no reason to move."""
+    for least, moves in ((0.5, False), (0.1, True)):
+        entries = {"a": {"a": -0.1, "b": 0.0}, "b": {"a": 0.0, "b": -0.1 * least}}
+        policy = Align(horizon=0.0)
+        policy.begin(task())
+        for _ in range(3):
+            decision = policy.decide(told(entries=entries))
+        assert (decision.weights["a"] > 0.5) == moves
+
+
+def test_a_mix_that_was_given_is_held_to():
+    entries = {"a": {"a": -0.1, "b": 0.0}, "b": {"a": 0.0, "b": 0.0}}
+    ends = {}
+    for name, start in (("given", {"a": 0.5, "b": 0.5}), ("uniform", "uniform")):
+        policy = Align(start=start)
+        weights = policy.begin(task()).weights
+        for _ in range(40):
+            weights = policy.decide(told(entries=entries, weights=weights)).weights
+        ends[name] = weights["a"]
+    assert 0.6 < ends["given"] < ends["uniform"]
+
+
 def test_without_noise_returns_are_equal_at_the_end():
     world = worlds(noise=0.0)["useless"]
-    _, mixes, decisions = simulate(world, Align(prior_strength=0.05, eta=1.0))
+    _, mixes, decisions = simulate(world, Align(prior_strength=0.05, eta=1.0, slack=0.0))
     value = np.array([decisions[-1].signal[name] for name in world.sources])
     useful = value[:4]
     assert useful.max() / useful.min() < 1.25  # uniform ends with a ratio of 2.4
@@ -152,7 +175,7 @@ def test_relative_losses_make_abilities_on_other_scales_alike():
     entries = {"a": {"a": -0.1, "b": 0.0}, "b": {"a": 0.0, "b": -1.0}}
     found = {}
     for objective in ("relative", "nats"):
-        policy = Align(objective=objective)
+        policy = Align(objective=objective, slack=0.0)
         policy.begin(task())
         for _ in range(2):
             found[objective] = policy.decide(
@@ -164,7 +187,7 @@ def test_relative_losses_make_abilities_on_other_scales_alike():
 
 def test_priorities_and_balance_move_what_abilities_count():
     entries = {"a": {"a": -0.1, "b": 0.0}, "b": {"a": 0.0, "b": -0.1}}
-    policy = Align(priorities={"b": 3.0})
+    policy = Align(priorities={"b": 3.0}, slack=0.0)
     policy.begin(task())
     for _ in range(2):
         decision = policy.decide(told(entries=entries))
