@@ -95,7 +95,7 @@ class Align(Steered):
         held = (
             f"{len(self.intervals)} interval of the books has no standard error yet"
             if len(self.intervals) < _FEWEST
-            else f"no source stands out by more than {self.gate:g} standard errors and {self.slack:g} of the mean return"
+            else f"none stands out by more than {self.gate:g} standard errors and {self.slack:g} of the mean return"
         )
         A, errors = self.intervals.table()
         details = {
