@@ -186,8 +186,16 @@ def fine_tune(
 
 
 def _check_rows(config: RunConfig, prepared: Prepared, steering: Steering | None) -> None:
-    """Refuse to mix a source of which no row is left."""
-    if steering is None or steering.policy is None:
+    """Refuse to steer by an ability without a target, and to mix a source of which no row is left."""
+    if steering is None:
+        return
+    for name, source in config.sources.items():
+        if source.ability is not None and source.ability not in config.targets:
+            raise ConfigError(
+                f"sources.{name}.ability is {source.ability!r}, which has no target, so nothing says what the source is "
+                f"good for: the targets are {', '.join(config.targets)}. Name one of them, or leave `ability` out."
+            )
+    if steering.policy is None:
         return
     present = {row.source for row in prepared.rows}
     empty = [name for name in config.sources if name not in present]

@@ -59,6 +59,14 @@ def test_what_can_not_hold_is_refused_before_a_step_is_taken(tmp_path, mix, conf
     assert not (tmp_path / "out/record.jsonl").exists()
 
 
+def test_a_source_of_an_ability_without_a_target_is_refused(tmp_path):
+    path = steered(tmp_path, mix={"policy": "align"})
+    text = path.read_text()
+    path.write_text(text.replace("ability: maths", "ability: cooking"))
+    with pytest.raises(ConfigError, match=r"sources\.apples\.ability is 'cooking', which has no target"):
+        fastsft.run(load_config(path), root=tmp_path)
+
+
 def test_a_run_under_align_and_upgrad_draws_what_it_decided(tmp_path):
     path = steered(tmp_path, mix={"policy": "align", "max_epochs": 6.0}, conflict={"resolver": "upgrad"})
     run = fastsft.run(load_config(path), root=tmp_path)
