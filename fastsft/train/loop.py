@@ -192,8 +192,8 @@ def _check_rows(config: RunConfig, prepared: Prepared, steering: Steering | None
     for name, source in config.sources.items():
         if source.ability is not None and source.ability not in config.targets:
             raise ConfigError(
-                f"sources.{name}.ability is {source.ability!r}, which has no target, so nothing says what the source is "
-                f"good for: the targets are {', '.join(config.targets)}. Name one of them, or leave `ability` out."
+                f"sources.{name}.ability is {source.ability!r}, which has no target, so nothing says what the source "
+                f"is good for: the targets are {', '.join(config.targets)}. Name one of them, or leave `ability` out."
             )
     if steering.policy is None:
         return
