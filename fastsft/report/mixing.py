@@ -120,6 +120,7 @@ def summarize_mix(run: Run) -> dict[str, Any] | None:
     decided, waited = moves(run), delays(run)
     return {
         "policy": run.mixes[0]["policy"],
+        "unit": run.mixes[0].get("unit"),
         "start": run.mixes[0]["weights"],
         "end": (in_force(run) or [(1, run.mixes[0]["weights"])])[-1][1],
         "mean": mean_in_force(run),
