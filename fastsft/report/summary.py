@@ -37,7 +37,8 @@ MEANINGS = {
     "identity_error": "median over steps of the share of the optimizer's gradient that the captured gradients miss",
     "displacement_error": "median over intervals of |change of the weights - sum of its booked parts| / |change|",
     "mix": (
-        "unit: what shares are counted in; weights {source: share of the draws}: `start`; `end`, in force at the last step; `mean` over steps; `drawn`: "
+        "unit: what shares are counted in. weights {source: share of the draws}: "
+        "`start`; `end`, in force at the last step; `mean` over steps; `drawn`: "
         "the shares of what was drawn, by what is counted. decisions: mixes decided after the first; moved: those that "
         "changed a weight by 0.0005 or more; unused: those that no step was drawn by; path_length: sum over decisions "
         "of half the sum of |after - before|; delay: steps after a decision that the mix before still held; null if no "
