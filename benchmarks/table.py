@@ -227,7 +227,7 @@ def _mixing_line(row: Row) -> list[str]:
         f"{_average(row['worst']):.3f}",
         f"{_average(row['lost']):+.3f}",
         "not reached" if middle == math.inf else f"{100 * middle:.0f} %",
-        f"{row['overhead']:.2f}",
+        "" if row["overhead"] is None else f"{row['overhead']:.2f}",
         f"{_average(row['path_length']):.2f}",
     ]
 
