@@ -49,6 +49,7 @@ class Steered(Race):
         self.stream = MixStream(items, [args.length] * (3 * ROWS), mix, batch=args.batch, steps=10**6, draws=Draws())
         self.draws = iter(self.stream)
         self.controller = Controller(policy, self.stream, task, self.books.record)
+        self.controller.echo = self.books.rule.echo()
         self.tap: LogitsTap | None = None
         self.reweigher: Reweigher | None = None
         if resolver is not None:

@@ -3,8 +3,12 @@
 import pytest
 from datasets import Dataset
 
+import fastsft
+from fastsft.train import Draws, Steering
 from fastsft.train.samples import _token_id
+from tests.train._steered import ABILITIES, Follow, Lean
 from tests.train._support import (
+    SOURCES,
     assert_adds_up,
     assert_same_bits,
     attach,
@@ -124,3 +128,32 @@ def test_packed_documents_have_the_influence_of_unpacked_ones(tmp_path):
     largest = max(map(abs, unpacked.values()))
     # float32 sums in another order: measured 1e-6 of the largest
     assert max(abs(found[True][key] - phi) for key, phi in unpacked.items()) < 1e-4 * largest
+
+
+@pytest.mark.parametrize("resolver", [None, Lean()], ids=["mix alone", "exact resolver"])
+def test_a_mix_steers_sft(tmp_path, resolver):
+    trainer = make_sft(tmp_path / "t", make_rows(30))
+    steering = Steering(
+        policy=Follow(), draws=Draws(unit="rows"), resolver=resolver, apply="exact", abilities=ABILITIES
+    )
+    run = fastsft.attach(trainer, targets_as_text(), out=tmp_path / "run", steering=steering)
+    trainer.train()
+    stream = run.steerer.controller.stream
+    for event in run.record.events("step"):
+        drawn = {
+            name: stream.spent(event["step"])[name][0] - stream.spent(event["step"] - 1)[name][0] for name in SOURCES
+        }
+        assert event["documents"] == drawn
+        # completions alone are supervised, and the token that ends them
+        assert 0 < sum(event["supervised"].values()) < sum(event["tokens"].values())
+    assert len(list(run.record.events("mix"))) > 2
+    assert bool(list(run.record.events("conflict"))) == (resolver is not None)
+    assert_adds_up(run.record)
+
+
+def test_a_fused_loss_head_is_told_how_documents_can_be_weighed(tmp_path):
+    trainer = make_sft(tmp_path / "t", make_rows(30))
+    steering = Steering(resolver=Lean(), apply="lagged", abilities=ABILITIES)
+    fastsft.attach(trainer, targets_as_text(), out=tmp_path / "run", steering=steering)
+    with pytest.raises(ValueError, match="switch such a loss off, or use apply='exact'"):
+        trainer.train()
