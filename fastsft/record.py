@@ -9,7 +9,9 @@ Events, all with `event` and `step` (the number of optimizer steps taken when it
 - `start`: schema, abilities, sources, settings, versions, seed, optimizer, model, data digests
 - `step`: loss, lr, scale (what the trainer multiplied the captured gradient by: clipping, loss scale),
   identity_error, documents and tokens drawn per source
-- `refresh`: loss and loss_rows per ability at these weights, seconds
+- `refresh`: loss and error per ability at these weights, gram and norms of their gradients (see `TargetState`), seconds
+- `mix`: a policy's decision: weights, before, the draw and the step from which they hold, signal, error, why
+- `conflict`: what a resolver saw (gram, cosines) and what each ability's gradient is multiplied by since (factors)
 - `interval`: `from`, `to` and one entry per ability (see `fastsft.attribution.ledger`)
 - `note`: a sentence a reader should see; `resume`; `end`
 """

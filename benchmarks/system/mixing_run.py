@@ -28,7 +28,7 @@ from benchmarks.system.mixing_statistics import rounded
 from benchmarks.system.mixing_worlds import Data
 from fastsft.attribution import Attribution
 from fastsft.data import DataError, Row
-from fastsft.evaluate.retrain import query_losses
+from fastsft.evaluate.retrain import query_losses, quiet
 from fastsft.record import Record
 from fastsft.tasks import Mix
 from fastsft.train import attach
@@ -224,11 +224,8 @@ def path_of(record: Record) -> list[dict[str, Any]]:
 
 def _quiet(trainer: Any) -> Any:
     """Take from a trainer all that it says and saves, and keep its rate as it is after the warm-up."""
-    from transformers import PrinterCallback, ProgressCallback
     from transformers.trainer_utils import SchedulerType
 
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
-    trainer.args.save_strategy = trainer.args.logging_strategy = "no"
+    quiet(trainer)
     trainer.args.lr_scheduler_type = SchedulerType.CONSTANT_WITH_WARMUP
     return trainer

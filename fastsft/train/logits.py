@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastsft.data import IGNORED
+from fastsft.tasks import MixError
 
 
 class LogitsTap:
@@ -27,7 +28,7 @@ class LogitsTap:
         find: Any = getattr(model, "get_output_embeddings", None)
         layer: Any = None if find is None else find()
         if layer is None:
-            raise ValueError(
+            raise MixError(
                 f"{type(model).__name__} names no output layer (get_output_embeddings), where documents would be "
                 f"weighed: resolve conflicts with apply='exact', or not at all."
             )
@@ -48,7 +49,7 @@ class LogitsTap:
         yield
         self._where = self._labels = None
         if not self._fired:
-            raise ValueError(
+            raise MixError(
                 "the model's output layer was not called in a training step (a fused or chunked loss computes logits "
                 "by itself), so documents can't be weighed there: switch such a loss off, or use apply='exact'."
             )
@@ -58,7 +59,7 @@ class LogitsTap:
         if where is None or not torch.is_grad_enabled() or not output.requires_grad:
             return
         if output.shape[:2] != where.shape:
-            raise ValueError(
+            raise MixError(
                 f"the output layer gave logits {list(output.shape[:2])} for a batch of {list(where.shape)} tokens: "
                 f"switch off what leaves tokens out, or use apply='exact'."
             )
