@@ -13,6 +13,7 @@ tensor([[12.],
 from fastsft.ops._op import backend, backends
 from fastsft.ops._rows import FORMATS, Rows, decode_rows, encode_rows
 from fastsft.ops._sjlt import sjlt_table
+from fastsft.ops.gated_adapter import Sequences, gated_adapter
 from fastsft.ops.influence_dot import InfluenceDot, document_grads, influence_dot
 from fastsft.ops.sample_grad_project import sample_grad_project
 from fastsft.ops.sketch_matrix import sketch_matrix
@@ -22,12 +23,14 @@ __all__ = [
     "FORMATS",
     "InfluenceDot",
     "Rows",
+    "Sequences",
     "TopK",
     "backend",
     "backends",
     "decode_rows",
     "document_grads",
     "encode_rows",
+    "gated_adapter",
     "influence_dot",
     "merge_topk",
     "sample_grad_project",
