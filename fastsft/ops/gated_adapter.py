@@ -104,7 +104,8 @@ def gated_adapter(
     rules.check_gate_inputs(x, per, gate, bias, sequences, task, table, num_experts)
     width, T = b.shape[1], x.shape[:-1].numel()
     frozen, owned = ((0, num_frozen * rank),), type(base) is nn.Linear
-    chosen, inner_gate, split = None, None, (width,)
+    chosen, inner_gate = None, None
+    split: tuple[int, ...] = (width,)
     if not routed:
         assert task is not None
         g = task_gates(gate, top_k, task, table, num_experts, x)
