@@ -60,6 +60,8 @@ def _of_tokens(g: Tensor, document: Tensor | None, like: Tensor) -> Tensor:
 def _forward_reference(job: Epilogue, width: int) -> tuple[Tensor, Tensor]:
     g = job.gates if job.gate is None else gate_values(job.gates, job.gate, job.top_k)
     E = g.shape[1]
+    if E == 0:
+        return job.z, g
     if job.z.shape[1] == width:
         return (_by_expert(job.z, E, width) * _of_tokens(g, job.document, job.z)).flatten(1), g
     if torch.compiler.is_compiling():
@@ -74,6 +76,8 @@ def _forward_reference(job: Epilogue, width: int) -> tuple[Tensor, Tensor]:
 def _backward_reference(job: Epilogue, dh: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """`job.gates` are values here, and `job.gate` says whether the second result is the gradient of their logits."""
     g, E = job.gates, job.gates.shape[1]
+    if E == 0:
+        return dh, g.new_zeros(len(dh), 0)
     wide = torch.promote_types(dh.dtype, torch.float32)
     dg = (_by_expert(dh, E, width) * _by_expert(job.z, E, width)).sum(2, dtype=wide)  # [T, E]
     scaled = (_by_expert(dh, E, width) * _of_tokens(g, job.document, dh)).flatten(1)

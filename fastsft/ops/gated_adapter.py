@@ -83,8 +83,8 @@ def gated_adapter(
     """Add gated low-rank experts and an always-on memory to what a base layer makes of x.
 
     x [.., I] -> [.., O]; a [P, I] with the rows of E experts (`rank` each), of the memory, and of the router where
-    gates are per token or sequence; b [O, E * rank + M]. base: any layer (quantised ones too); its output is added to
-    in place, so it must be its own. None: the adapter alone. The leading positions of x are its T tokens.
+    gates are per token or sequence; b [O, E * rank + M]. base: any layer (quantised ones too); an nn.Linear's output is
+    added to in place, another's is copied first. None: the adapter alone. The leading positions of x are its T tokens.
     Differentiable in x, a, b, bias, table, and through the base.
 
     gate: "sigmoid", experts independent; "softmax"; "topk", the softmax over the `top_k` largest logits; "one_hot",
@@ -103,11 +103,12 @@ def gated_adapter(
     rules.check_rows(a, num_experts, rank, memory, routed)
     rules.check_gate_inputs(x, per, gate, bias, sequences, task, table, num_experts)
     width, T = b.shape[1], x.shape[:-1].numel()
-    frozen, owned = ((0, num_frozen * rank),), type(base) is nn.Linear
+    frozen, owned = ((0, num_frozen * rank),), _is_unwatched_linear(base)
     chosen, inner_gate = None, None
     split: tuple[int, ...] = (width,)
     if not routed:
         assert task is not None
+        table = table if table is None or bias is None else table + bias
         g = task_gates(gate, top_k, task, table, num_experts, x)
         chosen = choose(g, gate, top_k, rank, memory, sequences, T, skip)
     elif per == "sequence" and may_skip(gate, top_k, num_experts, sequences, T, skip):
@@ -136,6 +137,7 @@ def gated_adapter(
         chosen=chosen,
         scale=scale,
         num_frozen=num_frozen,
+        owned=owned or base is None,
     )
 
 
@@ -236,8 +238,9 @@ def expand(
     chosen: Chosen | None = None,
     scale: float = 1.0,
     num_frozen: int = 0,
+    owned: bool = False,
 ) -> Tensor:
-    """Add s [g * z_experts; z_memory] B^T to y [.., O], in place where nothing is being compiled.
+    """Add s [g * z_experts; z_memory] B^T to y [.., O]; in y's own memory where nobody else needs it (`owned`).
 
     g: gates [D, E] of sequences, [1, E] of all tokens, [T, E] of tokens where `sequences` is None; with `gate` the
     logits [T, E] of tokens, which become gates in the same pass. chosen: as in `shrink`.
@@ -245,8 +248,15 @@ def expand(
     if chosen is not None:
         g = g.gather(1, chosen.experts)
     document = None if sequences is None or len(g) == 1 else sequences
-    found: Tensor = _Expand.apply(y, z, g, b, rank, document, gate, top_k, chosen, scale, num_frozen)
+    found: Tensor = _Expand.apply(y, z, g, b, rank, document, gate, top_k, chosen, scale, num_frozen, owned)
     return found
+
+
+def _is_unwatched_linear(base: object) -> bool:
+    """Whether nothing but a linear layer's product reads what it is given: hooks may keep its input's gradient."""
+    if type(base) is not nn.Linear or "forward" in vars(base):
+        return False
+    return not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -273,7 +283,8 @@ def _times_chosen(x: Tensor, weight: Tensor, chosen: Chosen) -> Tensor:
     """Multiply each sequence's tokens x [T, I] by its rows of weight [P, I] -> [T, n]."""
     length = None if chosen.sequences is None else chosen.sequences.length
     if length is not None:
-        return torch.bmm(x.unflatten(0, (-1, length)), weight[chosen.columns].mT).flatten(0, 1)
+        rows = x.unflatten(0, (len(chosen.columns), length))
+        return torch.bmm(rows, weight[chosen.columns].mT).flatten(0, 1)
     out = x.new_empty(len(x), chosen.columns.shape[1])
     for begin, end, columns in _spans(chosen, len(x)):
         torch.mm(x[begin:end], weight[columns].T, out=out[begin:end])
@@ -284,8 +295,9 @@ def _add_chosen(into: Tensor, z: Tensor, weight: Tensor, chosen: Chosen, scale: 
     """Add scale * z [T, n] times each sequence's rows of weight [P, O] to `into` [T, O], in place."""
     length = None if chosen.sequences is None else chosen.sequences.length
     if length is not None:
-        rows = into.view(-1, length, into.shape[1])
-        rows.baddbmm_(z.unflatten(0, (-1, length)), weight[chosen.columns], alpha=scale)
+        count = len(chosen.columns)
+        rows = into.view(count, length, into.shape[1])
+        rows.baddbmm_(z.unflatten(0, (count, length)), weight[chosen.columns], alpha=scale)
         return into
     for begin, end, columns in _spans(chosen, len(into)):
         into[begin:end].addmm_(z[begin:end], weight[columns], alpha=scale)
@@ -322,6 +334,8 @@ class _Shrink(torch.autograd.Function):
         out = x.view_as(x) if rounded is x else rounded
         ctx.save_for_backward(out, a)
         ctx.set_materialize_grads(False)
+        if not ctx.needs_input_grad[0]:
+            ctx.mark_non_differentiable(out)  # or base layers would form a gradient that nobody asked for
         return out, *pieces
 
     @staticmethod
@@ -392,7 +406,7 @@ class _Pool(torch.autograd.Function):
 
 def _sum_by_sequence(values: Tensor, sequences: Sequences) -> Tensor:
     if sequences.length is not None:
-        return values.unflatten(0, (-1, sequences.length)).sum(1)
+        return values.unflatten(0, (len(sequences.num_prompt), sequences.length)).sum(1)
     return segment_sum(values, sequences.offsets)
 
 
@@ -426,6 +440,7 @@ class _Expand(torch.autograd.Function):
         chosen: Chosen | None,
         scale: float,
         num_frozen: int,
+        owned: bool,
     ) -> Tensor:
         document = None if sequences is None else sequences.document
         width = g.shape[1] * rank
@@ -435,7 +450,8 @@ class _Expand(torch.autograd.Function):
             ctx.save_for_backward(z, values, b)
             ctx.sequences, ctx.gate, ctx.top_k, ctx.chosen, ctx.width = sequences, gate, top_k, chosen, width
             ctx.scale, ctx.frozen, ctx.num_gates = scale, num_frozen * rank, len(g)
-            return _add_expanded(ctx, y, h, weight, chosen, scale)
+            # what others may hold (an output that a base layer saved, or its input) is not written to
+            return _add_expanded(y if owned else y.clone(), h, weight, chosen, scale)
 
     @staticmethod
     @once_differentiable
@@ -468,14 +484,18 @@ class _Expand(torch.autograd.Function):
             elif ctx.num_gates == 1:
                 dg = dg.sum(0, keepdim=True)
         db = None if db is None else db * ctx.scale
-        return dy if ctx.needs_input_grad[0] else None, dz, dg, db, *[None] * 7
+        return dy if ctx.needs_input_grad[0] else None, dz, dg, db, *[None] * 8
 
 
-def _add_expanded(ctx: Any, y: Tensor, h: Tensor, weight: Tensor, chosen: Chosen | None, scale: float) -> Tensor:
+def _add_expanded(y: Tensor, h: Tensor, weight: Tensor, chosen: Chosen | None, scale: float) -> Tensor:
+    """Add in y's memory and return another tensor on it, not y marked as changed.
+
+    Autograd refuses to change in place what a base layer with backward hooks returns, and pays for views (nn.Linear
+    with a bias returns one) by copying their gradient.
+    """
     if torch.compiler.is_compiling():
         return y + (scale * (h @ weight.T)).view(y.shape).to(y.dtype)
-    ctx.mark_dirty(y)
-    flat = y.view(-1, y.shape[-1])
+    flat = y.reshape(-1, y.shape[-1])
     into = flat if flat.dtype == h.dtype else h.new_zeros(flat.shape)
     if chosen is None:
         into.addmm_(h, weight.T, alpha=scale)
@@ -483,4 +503,4 @@ def _add_expanded(ctx: Any, y: Tensor, h: Tensor, weight: Tensor, chosen: Chosen
         _add_chosen(into, h, weight.T, chosen, scale)
     if into is not flat:
         flat += into
-    return y
+    return flat.view(y.shape).detach()
