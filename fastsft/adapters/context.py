@@ -40,6 +40,7 @@ def make_context(
         raise GatedError("gates per sequence or per task read `input_ids` or `inputs_embeds`: the model got neither.")
     rows, length = ids.shape[:2]
     labels = given.get("labels") if given.get("labels") is not None else labels_told()
+    labels = None if labels is None else labels.to(ids.device)
     if config.granularity == "sequence" and gates is None and labels is None and strict:
         raise GatedError(
             "gates per sequence look at prompts, and a forward pass in training got no labels that say where prompts "

@@ -55,6 +55,9 @@ class Layout:
             self.slots.append(Slot(parameter, position, position + parameter.numel(), groups[id(parameter)]))
             position += parameter.numel()
         self.exact_slots = self.slots[: len(first)]
+        parts = {id(layer.weight): layer.part for layer in layers}
+        # of each exact slot the part of the model it belongs to, None where the model has none
+        self.exact_parts = [parts[id(slot.parameter)] for slot in self.exact_slots]
         self.num_exact = self.exact_slots[-1].end if first else 0
         self.num_all = position
         by_id = {id(slot.parameter): slot for slot in self.slots}

@@ -14,6 +14,7 @@ Letters: S sources, A abilities, P parameters booked by source, N all trainable 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,11 @@ from fastsft.attribution.targets import TargetState
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One ability's books over an interval, in nats per response token; negative lowers the loss."""
+    """One ability's books over an interval, in nats per response token; negative lowers the loss.
+
+    by_part: {part: {source: nats}}, how much of each source's entry went through which part (expert, memory, router) of
+    a gated adapter; empty for other models.
+    """
 
     measured: float
     error: float
@@ -39,9 +44,13 @@ class Entry:
     gross: float
     start_only: dict[str, float]
     samples: dict[str, float]
+    by_part: dict[str, dict[str, float]]
 
-    def as_dict(self) -> dict[str, float | dict[str, float]]:
-        return dict(self.__dict__)
+    def as_dict(self) -> dict[str, Any]:
+        found = dict(self.__dict__)
+        if not self.by_part:
+            del found["by_part"]
+        return found
 
 
 class Ledger:
@@ -104,7 +113,8 @@ class Ledger:
             dist.all_reduce(self.displacement)
         moved = self.layout.weights() - self._weights
         mean = (self.start.gradient + end.gradient) / 2
-        booked, early = self._dot(mean), self._dot(self.start.gradient)[:S] + wide
+        by_part = self._dot_parts(mean)
+        booked, early = self._total(by_part, mean), self._dot(self.start.gradient)[:S] + wide
         rest = (mean[:, P:] @ moved[P:]).double().cpu() - wide.sum(0)
         parts = torch.cat([displacement.sum(0) for displacement in self.displacements]) if P else moved[:0]
         gap = (moved[:P] - parts).norm() / moved[:P].norm().clamp_min(1e-30)
@@ -124,12 +134,26 @@ class Ledger:
                 gross=sum(abs(entry) for entry in by_source),
                 start_only=dict(zip(self.sources, early[:, index].tolist(), strict=True)),
                 samples=dict(zip(self.sources, samples[:, index].tolist(), strict=True)),
+                by_part={
+                    part: dict(zip(self.sources, dots[:S, index].tolist(), strict=True))
+                    for part, dots in by_part.items()
+                    if part is not None
+                },
             )
         return entries, float(gap) if P else 0.0
 
     def _dot(self, gradient: Tensor) -> Tensor:
         """Dot every row's displacement with each target gradient: [A, N] -> [S+2, A]."""
-        total = self.layout.zeros(len(self.sources) + 2, len(gradient))
-        for slot, displacement in zip(self.layout.exact_slots, self.displacements, strict=True):
-            total += displacement @ gradient[:, slot.start : slot.end].T
-        return total.double().cpu()
+        return self._total(self._dot_parts(gradient), gradient)
+
+    def _total(self, parts: dict[str | None, Tensor], gradient: Tensor) -> Tensor:
+        return sum(parts.values(), torch.zeros(len(self.sources) + 2, len(gradient), dtype=torch.float64))
+
+    def _dot_parts(self, gradient: Tensor) -> dict[str | None, Tensor]:
+        """The same by part of the model: {part: [S+2, A]}."""
+        found: dict[str | None, Tensor] = {}
+        exact = zip(self.layout.exact_slots, self.layout.exact_parts, self.displacements, strict=True)
+        for slot, part, displacement in exact:
+            dots = displacement @ gradient[:, slot.start : slot.end].T
+            found[part] = found[part] + dots if part in found else dots
+        return {part: dots.double().cpu() for part, dots in found.items()}

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastsft.data import told_labels
+
 
 class TokenRow(Protocol):
     """A tokenised row: labels are -100 where the loss does not look."""
@@ -161,7 +163,8 @@ class Targets:
             input_ids[number, :size] = torch.tensor(row.input_ids)
             labels[number, :size] = torch.tensor(row.labels)
             mask[number, :size] = 1
-        output: Any = model(input_ids=input_ids.to(device), attention_mask=mask.to(device), use_cache=False)
+        with told_labels(labels):
+            output: Any = model(input_ids=input_ids.to(device), attention_mask=mask.to(device), use_cache=False)
         logits = output.logits[:, :-1]
         logits = logits if logits.dtype == torch.float64 else logits.float()
         shifted = labels[:, 1:].to(device)

@@ -19,7 +19,7 @@ class Layer:
     """A layer whose weight gradient is a sum over tokens of an outer product.
 
     name of the weight parameter; weight [O, I] (or [I, O] where `swapped`: x and dy change places). A norm's weight [H]
-    counts as [1, H].
+    counts as [1, H]. part: the part of the model that books may be split by (an expert's name), None for all others.
     """
 
     name: str
@@ -27,6 +27,7 @@ class Layer:
     weight: nn.Parameter
     swapped: bool = False
     kind: Literal["linear", "embedding", "norm"] = "linear"
+    part: str | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -100,6 +101,12 @@ def _linear(name: str, module: nn.Module) -> Layer:
 def _conv1d(name: str, module: nn.Module) -> Layer:
     # y = x W + b with W [I, O]: GPT-2 and its kin
     return Layer(f"{name}.weight", module, module.weight, swapped=True)  # type: ignore[arg-type]
+
+
+@layer_rule("fastsft.adapters.factor.Factor")
+def _factor(name: str, module: nn.Module) -> Layer:
+    # a matrix of a gated adapter: called with what it multiplied and what came of it
+    return Layer(f"{name}.weight", module, module.weight, part=str(module.part))  # type: ignore[arg-type]
 
 
 def _rule_of(module: nn.Module) -> Rule | None:

@@ -11,6 +11,7 @@ bins = pack(rows, max_length=256, seed=0)        # indices into rows, one list a
 """
 
 from fastsft.data.batches import PackedDataset, RowDataset, collate, collate_packed, pack
+from fastsft.data.prompts import told_labels
 from fastsft.data.samples import DataError, Sample, content_id
 from fastsft.data.sources import check_unique, file_digest, find_file, read_source
 from fastsft.data.tokens import IGNORED, Row, Tokenized, tokenize, tokenize_all
@@ -39,5 +40,6 @@ __all__ = [
     "small_model",
     "tokenize",
     "tokenize_all",
+    "told_labels",
     "train_base",
 ]

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsft.data import IGNORED, DataError, Row, collate, read_source, tokenize_all
+from fastsft.data import IGNORED, DataError, Row, collate, read_source, tokenize_all, told_labels
 from fastsft.record import Record
 from fastsft.tasks import Mix
 from fastsft.train.config import RunConfig
@@ -212,8 +212,10 @@ def _batches(rows: Sequence[Row], max_tokens: int) -> list[list[int]]:
 def _row_losses(model: nn.Module, rows: Sequence[Row], pad_id: int) -> Tensor:
     device = next(model.parameters()).device
     batch = {name: tensor.to(device) for name, tensor in collate(rows, pad_id).items()}
-    wanted = batch.pop("labels")[:, 1:]
-    logits = model(**batch, use_cache=False).logits[:, :-1]
+    labels = batch.pop("labels")
+    with told_labels(labels):
+        logits = model(**batch, use_cache=False).logits[:, :-1]
+    wanted = labels[:, 1:]
     logits = logits if logits.dtype == torch.float64 else logits.float()
     losses = nn.functional.cross_entropy(logits.transpose(1, 2), wanted, ignore_index=IGNORED, reduction="none")
     return (losses.double().sum(1) / (wanted != IGNORED).sum(1)).cpu()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastsft.data import IGNORED, Row, collate
+from fastsft.data import IGNORED, Row, collate, told_labels
 from fastsft.evaluate.intervals import Value, between, crossed_draws, mean_over, weighted_mean
 from fastsft.evaluate.lds import query_scores
 from fastsft.evaluate.retrain import Query, query_losses
@@ -108,9 +108,10 @@ def _mean_loss(model: nn.Module, rows: Sequence[Row], pad_id: int) -> Tensor:
     """The rows' loss in nats per response token, dropout off."""
     device = next(model.parameters()).device
     batch = {name: tensor.to(device) for name, tensor in collate(rows, pad_id).items()}
-    wanted = batch.pop("labels")[:, 1:]
+    labels = batch.pop("labels")
     training = model.training
     model.eval()
-    logits = model(**batch, use_cache=False).logits[:, :-1]
+    with told_labels(labels):
+        logits = model(**batch, use_cache=False).logits[:, :-1]
     model.train(training)
-    return nn.functional.cross_entropy(logits.transpose(1, 2), wanted, ignore_index=IGNORED)
+    return nn.functional.cross_entropy(logits.transpose(1, 2), labels[:, 1:], ignore_index=IGNORED)

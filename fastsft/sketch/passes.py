@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastsft.capturing import Capture, Documents
 from fastsft.capturing.hooks import Sink
-from fastsft.data import IGNORED, Row, collate, collate_packed, pack
+from fastsft.data import IGNORED, Row, collate, collate_packed, pack, told_labels
 
 Loss = Literal["sum", "mean"]
 Labels = Literal["rows", "sampled"]
@@ -146,7 +146,7 @@ def _summed_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Sum weights[b, t] * -log p(labels[b, t]) over supervised t > 0."""
     places = (batch.labels[:, 1:] != IGNORED).nonzero()  # [N, 2]: logits at t predict the label at t + 1
     lines, columns = places.to(batch.inputs["input_ids"].device).unbind(1)
-    with head_sees(model, lines, columns) as gathered:
+    with told_labels(batch.labels), head_sees(model, lines, columns) as gathered:
         logits = model(**batch.inputs, use_cache=False).logits
     logits = logits[0] if gathered else logits[lines, columns]  # [N, V]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

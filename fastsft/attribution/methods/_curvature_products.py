@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastsft.data import IGNORED
+from fastsft.data import IGNORED, told_labels
 from fastsft.sketch.passes import Batch, head_sees
 
 
@@ -53,7 +53,7 @@ def predict(model: nn.Module, batch: Batch) -> Predictions:
     device = batch.inputs["input_ids"].device
     supervised = (batch.labels[:, 1:] != IGNORED).nonzero().to(device)  # [n, 2]: logits at t predict the label at t + 1
     lines, columns = supervised.unbind(1)
-    with head_sees(model, lines, columns) as gathered:
+    with told_labels(batch.labels), head_sees(model, lines, columns) as gathered:
         logits = model(**batch.inputs, use_cache=False).logits
     logits = logits[0] if gathered else logits[lines, columns]
     labels, weights = (each.to(device)[lines, columns + 1] for each in (batch.labels, batch.weights))

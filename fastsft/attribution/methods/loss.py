@@ -14,7 +14,7 @@ from fastsft.attribution.methods._checkpoints import load, present, restored
 from fastsft.attribution.methods._forward import over_rows
 from fastsft.attribution.methods._samples_only import SampleMethod
 from fastsft.attribution.methods._scores import Block
-from fastsft.data import IGNORED
+from fastsft.data import IGNORED, told_labels
 from fastsft.sketch.passes import Batching
 
 
@@ -44,7 +44,8 @@ class Loss(SampleMethod):
     def _mean_losses(self, batch: dict[str, Tensor]) -> Tensor:
         """Each row's mean loss over its supervised tokens [B]."""
         # no attention_mask: tokens see no later ones, so none sees the padding on the right
-        logits = self.model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1]
+        with told_labels(batch["labels"]):
+            logits = self.model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         labels = batch["labels"][:, 1:]
         losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")

@@ -18,7 +18,7 @@ from fastsft.attribution.methods._base import Moments, Per, Queries, Targets, on
 from fastsft.attribution.methods._checkpoints import Checkpoint, load, present, restored, shares
 from fastsft.attribution.methods._gradients import chunks
 from fastsft.attribution.methods._scores import Block, Scores
-from fastsft.data import IGNORED, Row
+from fastsft.data import IGNORED, Row, told_labels
 from fastsft.sketch import SketchSpec
 from fastsft.sketch.passes import Batch, Batching, attribution_only, head_sees, make_batch
 from fastsft.sketch.project import Sketcher
@@ -168,7 +168,7 @@ def token_margins(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     places = (batch.labels[:, 1:] != IGNORED).nonzero()
     device = batch.inputs["input_ids"].device
     lines, columns = places.to(device).unbind(1)
-    with head_sees(model, lines, columns) as gathered:
+    with told_labels(batch.labels), head_sees(model, lines, columns) as gathered:
         logits = model(**batch.inputs, use_cache=False).logits
     logits = logits[0] if gathered else logits[lines, columns]  # [T, V]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
