@@ -370,10 +370,11 @@ def _epilogue_sizes(
 def products_blocks(T: int, O: int, rank: int, element_size: int) -> tuple[dict[str, int], int]:
     """Choose the tile of `products` and the outputs of a program; `rank` is the larger of R and S."""
     block_r = max(16, triton.next_power_of_2(rank))
-    block_t, block_o = 16 * block_r // element_size, 64
+    block_t, block_o = 16 * block_r // element_size, 128 // element_size
     stretches = min(max(1, O // block_t), triton.cdiv(PROGRAMS, triton.cdiv(T, block_t)))
     stretch = triton.cdiv(triton.cdiv(O, stretches), block_o) * block_o
-    return {"BLOCK_T": block_t, "BLOCK_O": block_o, "BLOCK_R": block_r, "BLOCK_S": block_r}, stretch
+    sizes = {"BLOCK_T": block_t, "BLOCK_O": block_o, "BLOCK_R": block_r, "BLOCK_S": block_r}
+    return sizes | {"num_warps": 4 if block_r == 16 else 8}, stretch
 
 
 def products(dy: torch.Tensor, b: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -421,9 +422,15 @@ def active_tiles(values: torch.Tensor, document: torch.Tensor, block_t: int) -> 
     return torch.where(order < E, order, E - 1 - order).to(torch.int32)
 
 
-def active_blocks(rank: int, block_t: int) -> dict[str, int]:
-    """Choose BLOCK_T and BLOCK_R: the rank is padded to 16, the least that tl.dot takes."""
-    return {"BLOCK_T": block_t, "BLOCK_R": min(64, max(16, triton.next_power_of_2(rank)))}
+def active_blocks(rank: int, block_t: int, element_size: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Choose the tiles of shrink_active and expand_active: the rank is padded to 16, the least that tl.dot takes.
+
+    As large as fits the registers on every machine, where float32 needs more: each product takes three.
+    """
+    block_k = 128 // element_size
+    block_r = min(block_k, max(16, triton.next_power_of_2(rank)))
+    both = {"BLOCK_T": block_t, "BLOCK_R": block_r, "num_warps": 4 if block_t < 128 and element_size == 2 else 8}
+    return both | {"BLOCK_I": block_k}, both | {"BLOCK_O": 256 // element_size}
 
 
 def shrink_active(x: torch.Tensor, a: torch.Tensor, active: torch.Tensor, block_t: int) -> torch.Tensor:
@@ -435,14 +442,13 @@ def shrink_active(x: torch.Tensor, a: torch.Tensor, active: torch.Tensor, block_
     T, I, E = x.shape[0], x.shape[1], active.shape[1]
     rank = a.shape[0] // E
     z = torch.empty(T, a.shape[0], dtype=x.dtype, device=x.device)
-    sizes = active_blocks(rank, block_t)
+    sizes, _ = active_blocks(rank, block_t, x.element_size())
     if T:
         _shrink_active_fwd_kernel[(active.numel(), triton.cdiv(rank, sizes["BLOCK_R"]))](
             *(x, a, active, z, T, I, x.stride(0), a.stride(0)),
             E=E,
             RANK=rank,
             UPCAST=not x.is_cuda,
-            BLOCK_I=64,
             **sizes,
         )
     return z
@@ -459,16 +465,15 @@ def expand_active(
     T, O, E = y.shape[0], y.shape[1], active.shape[1]
     rank = b.shape[1] // E
     out = torch.empty(T, O, dtype=y.dtype, device=y.device)
-    block_o = 128 if h.element_size() == 2 else 64
+    _, sizes = active_blocks(rank, block_t, h.element_size())
     if T:
-        _expand_active_fwd_kernel[(active.shape[0] * triton.cdiv(O, block_o),)](
+        _expand_active_fwd_kernel[(active.shape[0] * triton.cdiv(O, sizes["BLOCK_O"]),)](
             *(y, h, b, active, out, scale, T, O, y.stride(0), h.stride(0), b.stride(0)),
             E=E,
             RANK=rank,
             UPCAST=not y.is_cuda,
-            BLOCK_O=block_o,
             BLOCK_E=triton.next_power_of_2(E),
-            **active_blocks(rank, block_t),
+            **sizes,
         )
     return out
 

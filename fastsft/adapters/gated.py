@@ -90,30 +90,22 @@ class Gated:
         return Router(name, first.inputs, self.config, first.device, first.dtype)
 
     def _follow_scopes(self) -> None:
-        self._handles.append(self.model.register_forward_pre_hook(self._before_model, with_kwargs=True))
-        self._handles.append(self.model.register_forward_hook(self._after_model))
+        self._handles.append(self.model.register_forward_pre_hook(before_model, with_kwargs=True))
+        self._handles.append(self.model.register_forward_hook(after_model))
         for scope, blocks in self._scopes.items():
             if not scope:
                 continue  # begun with the model's own pass
             module = self.model.get_submodule(scope)
-
-            def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], own: Any = blocks) -> None:
-                hidden = args[0] if args else kwargs.get("hidden_states")
-                for block in own:
-                    block.begin(hidden if isinstance(hidden, Tensor) else None)
-
-            def end(module: nn.Module, args: tuple[Any, ...], output: Any, own: Any = blocks) -> None:
-                for block in own:
-                    block.end()
-
-            self._handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(end))
+            module.gated_blocks = blocks  # type: ignore[assignment]
+            self._handles.append(module.register_forward_pre_hook(before_block, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(after_block))
 
     # a forward pass of the model
 
-    def _before_model(
+    def before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A pass of the model begins: find out what its layers must know."""
         task_ids = kwargs.pop("task_ids", None)
         given = {**dict(zip(self._signature.parameters, args)), **kwargs}
         task = self._task if task_ids is None else task_ids
@@ -134,7 +126,8 @@ class Gated:
             block.begin(None)
         return args, kwargs
 
-    def _after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def after(self, output: Any) -> None:
+        """It has ended: the gates of its prompts go on with its cache."""
         cache = output.get("past_key_values") if isinstance(output, Mapping) else None
         if cache is not None and self.config.granularity == "sequence":
             self._caches[cache] = self.context.gates
@@ -338,6 +331,9 @@ class Gated:
             del self.model.get_submodule(name).gated
         for block in self.blocks:
             del self.model.get_submodule("" if block.name == "the model" else block.name).gating
+        for scope in self._scopes:
+            if scope:
+                del self.model.get_submodule(scope).gated_blocks
         del self.model.gated_adapters
         return self.model
 
@@ -348,6 +344,38 @@ class Gated:
         from fastsft.adapters.files import save_gated
 
         return save_gated(self, folder)
+
+
+# Hooks are plain functions that find what they need on the module: a copy of the model then has adapters of its own.
+
+
+def before_model(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Hook of the model, before it runs."""
+    gated: Gated = module.gated_adapters  # type: ignore[assignment]
+    return gated.before(module, args, kwargs)
+
+
+def after_model(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Hook of the model, after it ran."""
+    gated: Gated = module.gated_adapters  # type: ignore[assignment]
+    gated.after(output)
+
+
+def before_block(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Hook of a block, before it runs."""
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    blocks: list[Block] = module.gated_blocks  # type: ignore[assignment]
+    for block in blocks:
+        block.begin(hidden if isinstance(hidden, Tensor) else None)
+
+
+def after_block(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Hook of a block, after it ran."""
+    blocks: list[Block] = module.gated_blocks  # type: ignore[assignment]
+    for block in blocks:
+        block.end()
 
 
 def find_targets(model: nn.Module, config: GatedConfig) -> dict[str, nn.Module]:

@@ -55,13 +55,17 @@ class Router(nn.Module):
 
     def rows(self) -> Tensor:
         """The rows [E, I] as they act."""
-        trained = torch.cat([row.weight.weight for row in self.experts.values()])
+        trained = self._stacked([row.weight.weight for row in self.experts.values()])
         if not self.config.orthogonal:
             return trained
-        return torch.cat([row.settled for row in self.experts.values()]) + self._outside(trained)
+        return self._stacked([row.settled for row in self.experts.values()]) + self._outside(trained)
 
     def bias(self) -> Tensor:
-        return torch.cat([row.bias for row in self.experts.values()])
+        return torch.cat([self.protected.new_zeros(0), *(row.bias for row in self.experts.values())])
+
+    def _stacked(self, rows: list[Tensor]) -> Tensor:
+        """Rows [1, I] together [E, I]; E is 0 where all experts have gone into the memory."""
+        return torch.cat([self.protected.new_zeros(0, self.inputs), *rows])
 
     def _outside(self, rows: Tensor) -> Tensor:
         return rows - (rows @ self.protected) @ self.protected.T if self.protected.shape[1] else rows
@@ -94,9 +98,7 @@ class Router(nn.Module):
 
         Returns how many directions are protected. Those of the largest eigenvalues, up to the configured energy.
         """
-        settled = torch.cat([row.settled for row in self.experts.values()])
-        rows = settled + self._outside(torch.cat([row.weight.weight for row in self.experts.values()]))
-        for row, now in zip(self.experts.values(), rows):
+        for row, now in zip(self.experts.values(), self.rows()):
             row.settled.copy_(now[None])
             row.weight.weight.zero_()
         rest = self._outside(self._outside(self.seen).T)
