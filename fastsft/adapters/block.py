@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from fastsft.adapters.config import GatedConfig, GatedError
 from fastsft.adapters.context import Context
@@ -16,6 +15,10 @@ from fastsft.ops.gated_adapter import Chosen, Gate, Sequences, choose, gates, ma
 
 if TYPE_CHECKING:
     from fastsft.adapters.gated import Gated
+
+
+# forward passes whose backward pass may still come, and run a checkpointed block again
+MOST_PASSES = 32
 
 
 class Group:
@@ -39,22 +42,34 @@ class Block:
     def __init__(self, name: str, number: int, groups: list[Group], gating: Router | TaskGates, owner: Gated) -> None:
         self.name, self.number, self.groups, self.gating, self.owner = name, number, groups, gating, owner
         groups[0].routed = isinstance(gating, Router)
-        self._contexts: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        self.begin(None)
+        self._contexts: dict[int, Context] = {}
+        self.gates: Tensor | None = None
+        self.context = owner.context
 
     @property
     def config(self) -> GatedConfig:
         return self.owner.config
 
     def begin(self, hidden: Tensor | None) -> None:
-        """A forward pass of the block begins. Gradient checkpointing runs it again in the backward pass, with the same
-        `hidden` and, it may be, after another pass of the model: the context is that of the first time."""
-        self.context: Context = self.owner.context
+        """A forward pass of the block begins."""
+        if in_backward():
+            self.begin_again(hidden)
+            return
+        self.context = self.owner.context
         if hidden is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self.context = self._contexts.setdefault(hidden, self.context)
-        self.gates: Tensor | None = None
-        for group in self.groups:
-            group.forget()
+            self._contexts.pop(hidden.data_ptr(), None)
+            self._contexts[hidden.data_ptr()] = self.context
+            if len(self._contexts) > MOST_PASSES:
+                del self._contexts[next(iter(self._contexts))]
+        self.end()
+
+    def begin_again(self, hidden: Tensor | None) -> None:
+        """Gradient checkpointing runs the block again in the backward pass, on the memory of the same `hidden` and, it
+        may be, after another pass of the model: its context is that of the first time."""
+        found = None if hidden is None else self._contexts.get(hidden.data_ptr())
+        if found is not None and found is not self.context:
+            self.context = found
+            self.end()
 
     def end(self) -> None:
         """It has ended: hold on to no activation."""
@@ -143,7 +158,7 @@ class Block:
             pooled = pool(logits, self.context.sequences, self.gating.bias())
             self.gates = gates(pooled, config.gate, self._top_k)
             self.context.gates[self.number] = self.gates.detach()
-        self.gating.remember(x, self.context.sequences)
+        self.gating.remember(x, self._sequences)
 
     def _gates_without_router(self, x: Tensor) -> Tensor:
         if self._goes_on:
@@ -192,6 +207,11 @@ class Block:
                 f"{len(sequences.document)}: leave layers that see other tokens (experts of a mixture, a vision tower) "
                 f"out of `targets`."
             )
+
+
+def in_backward() -> bool:
+    """Whether a backward pass is under way, in which checkpointed blocks are run again."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def before_layer(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -81,7 +81,7 @@ def find_sequences(
     if attention_mask is not None and attention_mask.ndim == 2:
         mask = attention_mask[:, -length:].bool()
     offsets = _packed_offsets(shape, mask, position_ids)
-    answered = torch.zeros(shape, dtype=torch.bool, device=device) if labels is None else labels != -100
+    answered = torch.zeros(shape, dtype=torch.bool, device=device) if labels is None else labels.to(device) != -100
     if offsets is None:
         prompt = mask & ((answered.cumsum(1) == 0) | (mask.cumsum(1) == 1))
         return Sequences.of_rows(prompt)

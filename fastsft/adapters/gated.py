@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fastsft.adapters.block import Block, Group, after_layer, before_layer
+from fastsft.adapters.block import Block, Group, after_layer, before_layer, in_backward
 from fastsft.adapters.config import SAME_INPUT, GatedConfig, GatedError, check_name
 from fastsft.adapters.context import Context, make_context
 from fastsft.adapters.factor import freeze
@@ -96,9 +96,12 @@ class Gated:
             if not scope:
                 continue  # begun with the model's own pass
             module = self.model.get_submodule(scope)
-            module.gated_blocks = blocks  # type: ignore[assignment]
+            module.__dict__["gated_blocks"] = blocks
             self._handles.append(module.register_forward_pre_hook(before_block, with_kwargs=True))
             self._handles.append(module.register_forward_hook(after_block))
+            for child in module.children():
+                child.__dict__["gated_blocks"] = blocks
+                self._handles.append(child.register_forward_pre_hook(before_child))
 
     # a forward pass of the model
 
@@ -311,7 +314,9 @@ class Gated:
     def _task_gates(self, adapter: Adapter, task: str) -> dict[str, float]:
         gating = adapter.block.gating
         assert isinstance(gating, TaskGates)
-        values = gating(torch.tensor([self.tasks.index(task)], device=adapter.device), torch.zeros(()))
+        values = gating(
+            torch.tensor([self.tasks.index(task)], device=adapter.device), torch.zeros((), dtype=adapter.dtype)
+        )
         return dict(zip(self.experts, values[0].tolist()))
 
     def delta(self, adapter: Adapter, gates: Mapping[str, float]) -> Tensor:
@@ -333,7 +338,9 @@ class Gated:
             del self.model.get_submodule("" if block.name == "the model" else block.name).gating
         for scope in self._scopes:
             if scope:
-                del self.model.get_submodule(scope).gated_blocks
+                module = self.model.get_submodule(scope)
+                for each in (module, *module.children()):
+                    each.__dict__.pop("gated_blocks", None)
         del self.model.gated_adapters
         return self.model
 
@@ -366,14 +373,23 @@ def after_model(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
 def before_block(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Hook of a block, before it runs."""
     hidden = args[0] if args else kwargs.get("hidden_states")
-    blocks: list[Block] = module.gated_blocks  # type: ignore[assignment]
+    blocks: list[Block] = module.__dict__["gated_blocks"]
     for block in blocks:
         block.begin(hidden if isinstance(hidden, Tensor) else None)
 
 
+def before_child(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Hook of what a block calls: transformers' checkpointing runs a block again without the block's own hooks, and the
+    first of its children to be called gets the block's input."""
+    if in_backward():
+        blocks: list[Block] = module.__dict__["gated_blocks"]
+        for block in blocks:
+            block.begin_again(args[0] if args and isinstance(args[0], Tensor) else None)
+
+
 def after_block(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """Hook of a block, after it ran."""
-    blocks: list[Block] = module.gated_blocks  # type: ignore[assignment]
+    blocks: list[Block] = module.__dict__["gated_blocks"]
     for block in blocks:
         block.end()
 
