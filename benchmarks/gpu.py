@@ -3,7 +3,7 @@
 Needs nvcc and an installed torch, triton, ninja and pybind11; nothing is downloaded. Writes FOLDER/gpu.jsonl, a row a
 case: median time on the device, its floor (the larger of bytes over the measured bandwidth and FLOPs over the measured
 bf16 rate) and the share of the floor that was reached. Cases: one layer of width 4096, 8 samples of 2048 tokens, bf16;
-a store of 1,048,576 rows of 4096 numbers.
+gated adapters at the sizes in their rows; a store of 1,048,576 rows of 4096 numbers.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from benchmarks.harness import ROOT, Bandwidth, bandwidth, gemm_rate, rounds, si
 from fastsft import ops
 
 TESTS = (
+    "gated_adapter",
     "influence_dot",
     "native",
     "sample_grad_project",
@@ -30,6 +32,7 @@ TESTS = (
     "store_topk",
 )
 WIDTH, DOCUMENTS, TOKENS, SKETCH, RANK = 4096, 8, 2048, 4096, 16
+EXPERTS, TOP_K = 8, 2
 Case = Iterator[dict[str, object]]
 CASES: dict[str, Callable[["Machine"], Case]] = {}
 
@@ -182,6 +185,84 @@ def influence(machine: Machine) -> Case:
         floor = floors.get(name, machine.floor_ms(x.numel() * 2))
         aim = 1.05 if name == "step with scores" else None
         yield row("influence", name, values, floor, ratio=round(ratio, 3), aim=aim)
+
+
+class Gated(NamedTuple):
+    """One setting of a gated adapter, and the aim of what runs by default: a ratio of its time to another's."""
+
+    tokens: int
+    width: int
+    rank: int
+    gate: Literal["sigmoid", "topk"]
+    per: Literal["token", "sequence"]
+    against: str
+    aim: float
+
+    def floor_ms(self, machine: Machine, num_experts: int | None) -> float:
+        """The layer's tensors once, and its products: of both passes of the base, of the adapter with its own."""
+        columns = 0 if num_experts is None else num_experts * self.rank
+        # rows of A are the router's too, which is never skipped
+        rows = 0 if num_experts is None else columns + EXPERTS
+        size = 4 * self.tokens * self.width + 2 * self.width**2
+        products = 4 * self.width**2 + 6 * self.width * (rows + columns)
+        return machine.floor_ms(2 * size, self.tokens * products)
+
+
+GATED = (
+    Gated(8192, 2048, 64, "topk", "sequence", "stacked", round(1 / 1.3, 3)),
+    Gated(1024, 2048, 16, "sigmoid", "token", "stacked", round(1 / 1.5, 3)),
+    Gated(256, 2048, 16, "sigmoid", "token", "stacked", round(1 / 1.5, 3)),
+    Gated(8192, 4096, 16, "sigmoid", "sequence", "frozen base", 1.2),
+)
+
+
+def gated_variants(setting: Gated) -> dict[str, Callable[[], object]]:
+    """Both passes of a frozen layer: alone, with the reference's products of all experts, with what is chosen."""
+    shape, width = (DOCUMENTS, setting.tokens // DOCUMENTS), setting.width
+    x, dy = (torch.randn(*shape, width, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    a = torch.randn(EXPERTS * (setting.rank + 1), width, device="cuda", dtype=torch.bfloat16) / width**0.5
+    b = torch.randn(width, EXPERTS * setting.rank, device="cuda", dtype=torch.bfloat16) / 64
+    leaves = [leaf.requires_grad_() for leaf in (x, a, b)]
+    base = torch.nn.Linear(width, width, bias=False, device="cuda", dtype=torch.bfloat16).requires_grad_(False)
+    sequences = ops.Sequences.of_rows(torch.ones(shape, dtype=torch.bool, device="cuda"))
+
+    def frozen() -> None:
+        torch.autograd.grad(torch.nn.functional.linear(x, base.weight), x, dy)
+
+    def adapted(skip: bool | None) -> None:
+        more = {"gate": setting.gate, "per": setting.per, "top_k": TOP_K, "sequences": sequences, "skip": skip}
+        y = ops.gated_adapter(x, a, b, base=base, num_experts=EXPERTS, rank=setting.rank, **more)
+        torch.autograd.grad(y, leaves, dy)
+
+    def stacked() -> None:
+        with ops.backend("reference"):
+            adapted(skip=False)
+
+    variants: dict[str, Callable[[], object]] = {
+        "frozen base": frozen,
+        "stacked": stacked,
+        "gated_adapter": lambda: adapted(skip=None),
+    }
+    if setting.gate == "topk":
+        variants |= {"with skip": lambda: adapted(skip=True), "without skip": lambda: adapted(skip=False)}
+    return variants
+
+
+@case
+def gated(machine: Machine) -> Case:
+    """gated_adapter of 8 experts on a frozen layer, against the same products stacked in plain torch."""
+    for setting in GATED:
+        times = rounds(gated_variants(setting), repeats=15, device="cuda")
+        against_ms = sorted(times[setting.against])[len(times[setting.against]) // 2]
+        chosen = TOP_K if setting.gate == "topk" else EXPERTS
+        of = {"frozen base": None, "stacked": EXPERTS, "without skip": EXPERTS}
+        for name, values in times.items():
+            ratio = sorted(values)[len(values) // 2] / against_ms
+            aim = setting.aim if name == "gated_adapter" else None
+            floor = setting.floor_ms(machine, of.get(name, chosen))
+            shape = {"tokens": setting.tokens, "width": setting.width, "experts": EXPERTS, "rank": setting.rank}
+            how = {"gate": setting.gate, "per": setting.per, "against": setting.against}
+            yield row("gated", name, values, floor, **shape, **how, ratio=round(ratio, 3), aim=aim)
 
 
 def big_store(format: str, num_rows: int, size: int) -> ops.Rows:

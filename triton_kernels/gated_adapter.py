@@ -1,6 +1,6 @@
 """gated_adapter on CUDA: the gate epilogue, its backward pass, both products with dy at once, products that skip.
 
-T tokens, D sequences, I inputs, O outputs, E experts, R = E * rank, M memory rank, S columns of h, P programs.
+T tokens, D sequences, I inputs, O outputs, E experts, R = E * rank, M memory rank, S columns of h.
 
 The epilogue stands between z = x A^T and the product with B. A program holds a tile of tokens with the columns of all
 experts [tokens, experts, rank], padded to powers of two by masks: gates meet their columns, and the gradient of a gate
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 TILE = 2048  # numbers a program of the epilogue holds at a time: 16 a thread, two loads of bfloat16
-MOST_RANK = 32  # up to here one pass over dy pays, see `products`
+MOST_RANK = 32  # up to here the tiles of one pass over dy fit, see `products`
 PROGRAMS = 512  # of `products`: enough to fill a GPU; a constant, so that sums do not depend on the machine
 
 
@@ -73,7 +73,7 @@ def _gated_epilogue_fwd_kernel(
     inside = is_token[:, None] & (experts < E)[None, :]
     row = tokens
     if HAS_DOCUMENT:
-        row = tl.load(document + tokens, is_token, 0)
+        row = tl.load(document + tokens, is_token, 0).to(tl.int64)
     g = tl.load(gates + row[:, None] * stride_gates + experts[None, :], inside, 0.0).to(tl.float32)
     if GATE is not None:
         g = _gate_values(g, experts, E, GATE, TOP_K)
@@ -119,7 +119,7 @@ def _gated_epilogue_bwd_kernel(
     inside = is_token[:, None] & (experts < E)[None, :]
     row = tokens
     if HAS_DOCUMENT:
-        row = tl.load(document + tokens, is_token, 0)
+        row = tl.load(document + tokens, is_token, 0).to(tl.int64)
     g = tl.load(gates + row[:, None] * stride_gates + experts[None, :], inside, 0.0).to(tl.float32)
     dg = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
     for first in range(0, RANK, BLOCK_R):
@@ -316,10 +316,13 @@ def epilogue(
     gates [D, E] are values, those of token t in row document[t] (None: [T, E], or [1, E] for all), and come back as
     they are; with `gate` they are logits [T, E], whose values [T, E] come back. Reads z once and writes h once.
     """
-    z, gates = _rows(z), _rows(gates)
     T, E = z.shape[0], gates.shape[1]
+    if E == 0:  # memory alone
+        return z, gates
+    z, gates = _rows(z), _rows(gates)
     h = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     values = None if gate is None else torch.empty(T, E, device=z.device)
+    document = None if document is None else document.contiguous()
     sizes = _epilogue_sizes(z, gates, document, width)
     if T:
         _gated_epilogue_fwd_kernel[(triton.cdiv(T, sizes["BLOCK_T"]),)](
@@ -340,10 +343,13 @@ def epilogue_backward(
 
     gates are values, as `epilogue` returns them. Reads dh and z once.
     """
-    dh, z, gates = _rows(dh), _rows(z), _rows(gates)
     T, E = z.shape[0], gates.shape[1]
+    if E == 0:
+        return dh, gates.new_zeros(T, 0)
+    dh, z, gates = _rows(dh), _rows(z), _rows(gates)
     dz = torch.empty(dh.shape, dtype=dh.dtype, device=dh.device)
     dgates = torch.empty(T, E, device=dh.device)
+    document = None if document is None else document.contiguous()
     sizes = _epilogue_sizes(z, gates, document, width)
     if T:
         _gated_epilogue_bwd_kernel[(triton.cdiv(T, sizes["BLOCK_T"]),)](
@@ -370,7 +376,7 @@ def _epilogue_sizes(
 def products_blocks(T: int, O: int, rank: int, element_size: int) -> tuple[dict[str, int], int]:
     """Choose the tile of `products` and the outputs of a program; `rank` is the larger of R and S."""
     block_r = max(16, triton.next_power_of_2(rank))
-    block_t, block_o = 16 * block_r // element_size, 128 // element_size
+    block_t, block_o = 16 * block_r // element_size, 64
     stretches = min(max(1, O // block_t), triton.cdiv(PROGRAMS, triton.cdiv(T, block_t)))
     stretch = triton.cdiv(triton.cdiv(O, stretches), block_o) * block_o
     sizes = {"BLOCK_T": block_t, "BLOCK_O": block_o, "BLOCK_R": block_r, "BLOCK_S": block_r}

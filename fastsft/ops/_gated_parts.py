@@ -139,7 +139,7 @@ _PRODUCTS = Op(
             run=_products_triton,
             why_absent=why_no_triton,
             by_name=True,
-            note="where it is asked for by name; else the vendor's two products",
+            note="where it is asked for by name, up to rank 32; else the vendor's two products",
         )
     ],
 )

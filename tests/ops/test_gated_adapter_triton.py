@@ -1,0 +1,118 @@
+"""triton_kernels/gated_adapter.py without a GPU: logic in the interpreter, code by compiling for three machines."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+kernels = pytest.importorskip(
+    "fastsft.triton_kernels.gated_adapter", reason="fastsft is not installed: pip install -e .", exc_type=ImportError
+)
+
+OTHERS = {"gates": "*fp32", "values": "*fp32", "dgates": "*fp32", "document": "*i64", "active": "*i32", "scale": "fp32"}
+
+
+def test_logic_in_the_interpreter():
+    # In a process of its own: TRITON_INTERPRET is read where a kernel is defined, and would stay for later tests.
+    file = Path(__file__).parent / "interpret_gated_adapter.py"
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "passed" in result.stdout
+    assert "skipped" not in result.stdout
+
+
+def compile_for(capability, kernel, data, constants, aligned=True):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    constants = dict(constants)
+    options = {"num_warps": constants.pop("num_warps", 4)}
+    signature, attributes = {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        number = name.isupper() or name.startswith("str")
+        signature[name] = "i32" if number else OTHERS.get(name, f"*{data}")
+        # As a launch finds them: only then are loads wide, and copied to shared memory in advance.
+        if aligned and name != "scale":
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    assert compiled.asm["cubin"]
+    # What every machine since sm_80 gives to a block.
+    assert compiled.metadata.shared <= 163 * 1024
+    return compiled
+
+
+def epilogue_constants(experts, rank, memory, beyond, gate):
+    return {
+        "stride_z": experts * rank + memory + beyond,
+        "stride_gates": experts,
+        "E": experts,
+        "RANK": rank,
+        "WIDTH": experts * rank + memory,
+        "HAS_DOCUMENT": gate is None,
+        "GATE": gate,
+        **kernels.epilogue_blocks(experts, rank, memory),
+    }
+
+
+@pytest.mark.parametrize("data", ["fp32", "bf16"])
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize(("experts", "rank", "memory", "beyond"), [(8, 16, 0, 8), (3, 2000, 16, 0)])
+def test_epilogue_compiles_ahead_of_time(experts, rank, memory, beyond, capability, data):
+    for gate in (None, "sigmoid", "topk"):  # of softmax there is nothing that topk does not have
+        constants = epilogue_constants(experts, rank, memory, beyond, gate)
+        compile_for(capability, kernels._gated_epilogue_fwd_kernel, data, constants | {"TOP_K": min(2, experts)})
+        backward = constants | {"stride_dh": experts * rank + memory}
+        compile_for(capability, kernels._gated_epilogue_bwd_kernel, data, backward)
+
+
+@pytest.mark.parametrize(("data", "numbers"), [("fp32", 4), ("bf16", 8)])
+def test_rows_with_a_router_beside_them_are_read_16_bytes_at_a_time(data, numbers):
+    # 8 experts of rank 16 and their 8 logits: no multiple of 16 numbers, which is all that Triton asks of an argument.
+    constants = epilogue_constants(8, 16, 0, 8, "sigmoid") | {"stride_dh": 128}
+    code = compile_for(90, kernels._gated_epilogue_bwd_kernel, data, constants).asm["ptx"]
+    numbers_of_a_thread = 2 * kernels.TILE // 128  # of dh and of z
+    assert code.count("ld.global.v4.b32") == numbers_of_a_thread // numbers
+
+
+@pytest.mark.parametrize("data", ["fp32", "bf16"])
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_products_compile_ahead_of_time(capability, data):
+    size = 2 if data == "bf16" else 4
+    for rank in (16, kernels.MOST_RANK):
+        sizes, _ = kernels.products_blocks(8192, 4096, rank, size)
+        compile_for(capability, kernels._gated_products_bwd_kernel, data, sizes | {"UPCAST": False})
+    for rank, block_t in ((8, 64), (64, 128)):
+        constants = {"E": 8, "RANK": rank, "UPCAST": False}
+        shrink, expand = kernels.active_blocks(rank, block_t, size)
+        compile_for(capability, kernels._shrink_active_fwd_kernel, data, constants | shrink)
+        compile_for(capability, kernels._expand_active_fwd_kernel, data, constants | expand | {"BLOCK_E": 8})
+
+
+def test_a_side_of_one_compiles():
+    # Triton takes an argument that is 1 for a constant, which has no methods of a tensor.
+    epilogue = epilogue_constants(1, 1, 0, 0, "topk") | {"T": 1, "TOP_K": 1}
+    compile_for(90, kernels._gated_epilogue_fwd_kernel, "fp32", epilogue, aligned=False)
+    del epilogue["TOP_K"]
+    compile_for(90, kernels._gated_epilogue_bwd_kernel, "fp32", epilogue | {"stride_dh": 1}, aligned=False)
+    sizes, _ = kernels.products_blocks(1, 1, 1, 4)
+    one = {"UPCAST": False, "T": 1, "O": 1}
+    sides = {"R": 1, "S": 1, "stride_dy": 1, "stride_b": 1, "stride_h": 1}
+    compile_for(90, kernels._gated_products_bwd_kernel, "fp32", sizes | one | sides, aligned=False)
+    shrink, expand = kernels.active_blocks(1, 16, 4)
+    experts = {"E": 1, "RANK": 1}
+    ends = {"UPCAST": False, "T": 1, "I": 1, "stride_x": 1, "stride_a": 1}
+    compile_for(90, kernels._shrink_active_fwd_kernel, "fp32", shrink | experts | ends, aligned=False)
+    ends = one | {"stride_y": 1, "stride_h": 1, "stride_b": 1, "BLOCK_E": 1}
+    compile_for(90, kernels._expand_active_fwd_kernel, "fp32", expand | experts | ends, aligned=False)
