@@ -45,6 +45,9 @@ class Block:
         self._contexts: dict[int, Context] = {}
         self.gates: Tensor | None = None
         self.context = owner.context
+        # of what the block calls, the first: it gets the block's own input
+        self._first: nn.Module | None = None
+        self._is_fresh = False
 
     @property
     def config(self) -> GatedConfig:
@@ -55,7 +58,7 @@ class Block:
         if in_backward():
             self.begin_again(hidden)
             return
-        self.context = self.owner.context
+        self.context, self._is_fresh = self.owner.context, True
         if hidden is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._contexts.pop(hidden.data_ptr(), None)
             self._contexts[hidden.data_ptr()] = self.context
@@ -70,6 +73,14 @@ class Block:
         if found is not None and found is not self.context:
             self.context = found
             self.end()
+
+    def before_child(self, child: nn.Module, hidden: Tensor | None) -> None:
+        """Transformers' checkpointing runs a block again without the block's own hooks: its first child tells of it."""
+        if in_backward():
+            if child is self._first:
+                self.begin_again(hidden)
+        elif self._is_fresh:
+            self._first, self._is_fresh = child, False
 
     def end(self) -> None:
         """It has ended: hold on to no activation."""

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fastsft.adapters.block import Block, Group, after_layer, before_layer, in_backward
+from fastsft.adapters.block import Block, Group, after_layer, before_layer
 from fastsft.adapters.config import SAME_INPUT, GatedConfig, GatedError, check_name
 from fastsft.adapters.context import Context, make_context
 from fastsft.adapters.factor import freeze
@@ -60,6 +60,8 @@ class Gated:
             base.gated = self.adapters[name]
             self._handles += [base.register_forward_pre_hook(before_layer), base.register_forward_hook(after_layer)]
         self._follow_scopes()
+        for module in (*self.adapters.values(), *self.gatings):
+            module.train(model.training)  # routers remember what they see in training alone
         model.gated_adapters = self  # type: ignore[assignment]
 
     def _make_blocks(self) -> tuple[list[Block], dict[str, list[Block]]]:
@@ -80,9 +82,15 @@ class Gated:
                         adapter.__dict__["block"], adapter.__dict__["group"] = block, group
                 blocks.append(block)
                 places.setdefault(scope, []).append(block)
-                if gating is not None:
-                    self.model.get_submodule(name).gating = gating
+                self._home(block).gating = gating
         return blocks, places
+
+    def _home(self, block: Block) -> nn.Module:
+        """What a block's gating is a child of: the block's module, or its first layer where that would call it."""
+        module = self.model.get_submodule("" if block.name == "the model" else block.name)
+        if isinstance(module, nn.Sequential | nn.ModuleList):
+            return self.model.get_submodule(block.groups[0].adapters[0].name)
+        return module
 
     def _make_gating(self, name: str, first: Adapter) -> Router | TaskGates:
         if self.config.granularity == "task":
@@ -335,7 +343,7 @@ class Gated:
         for name in self.adapters:
             del self.model.get_submodule(name).gated
         for block in self.blocks:
-            del self.model.get_submodule("" if block.name == "the model" else block.name).gating
+            del self._home(block).gating
         for scope in self._scopes:
             if scope:
                 module = self.model.get_submodule(scope)
@@ -379,12 +387,11 @@ def before_block(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def before_child(module: nn.Module, args: tuple[Any, ...]) -> None:
-    """Hook of what a block calls: transformers' checkpointing runs a block again without the block's own hooks, and the
-    first of its children to be called gets the block's input."""
-    if in_backward():
+    """Hook of what a block calls, before it runs."""
+    if not torch.compiler.is_compiling():
         blocks: list[Block] = module.__dict__["gated_blocks"]
         for block in blocks:
-            block.begin_again(args[0] if args and isinstance(args[0], Tensor) else None)
+            block.before_child(module, args[0] if args and isinstance(args[0], Tensor) else None)
 
 
 def after_block(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -122,7 +122,7 @@ class Books:
             "versions": versions(),
             "seed": self.details.get("seed"),
             "optimizer": {"name": type(self.optimizer).__name__, **plain},
-            "method": "lora" if hasattr(self.model, "peft_config") else "full",
+            "method": self._method,
             "model": {
                 "name": self._model_name,
                 "parameters": sum(p.numel() for p in parameters),
@@ -135,6 +135,12 @@ class Books:
             },
         }
         self.journal.write([start])
+
+    @property
+    def _method(self) -> str:
+        if hasattr(self.model, "gated_adapters"):
+            return "gated adapters"
+        return "lora" if hasattr(self.model, "peft_config") else "full"
 
     @property
     def _model_name(self) -> str:

@@ -20,7 +20,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from fastsft.record import write_text
-from fastsft.report import figures, ledger_figures, mixing_page, tables, words
+from fastsft.report import experts, figures, ledger_figures, mixing_page, tables, words
 from fastsft.report.books import Book, open_book
 from fastsft.report.flows import SampleFlow, sample_flows
 from fastsft.report.run import Run, read_run
@@ -71,6 +71,10 @@ def render(run: Run, summary: Mapping[str, Any], flows: Mapping[str, SampleFlow]
         cells={key: tables.source_cells(summary, key) for key in ("by_source", "per_1k_tokens")},
         booked=[book.ability for book in books],
         **mixing_page.told(run, summary),
+        part_rows=experts.part_rows(summary["experts"] or {}),
+        part_sources={
+            ability: experts.source_rows(parts, run.sources) for ability, parts in (summary["experts"] or {}).items()
+        },
         charts=set(charts),
         lists=lists,
         samples=samples,

@@ -11,6 +11,7 @@ from typing import Any
 
 from fastsft.report.books import Book, correlation, loss_at, measured_error, open_book, samples_share, shares
 from fastsft.report.conflict import summarize_conflict
+from fastsft.report.experts import summarize_experts
 from fastsft.report.flows import SampleFlow, Spread, sample_flows, spreads
 from fastsft.report.mixing import summarize_mix
 from fastsft.report.planted import equal_texts, planted_truths
@@ -36,6 +37,10 @@ MEANINGS = {
     "correlation": "Pearson, over intervals, of by_source + decay + unfollowed with the measured change",
     "identity_error": "median over steps of the share of the optimizer's gradient that the captured gradients miss",
     "displacement_error": "median over intervals of |change of the weights - sum of its booked parts| / |change|",
+    "experts": (
+        "{ability: {part: {source: nats}}}: by_source split by the part of a gated adapter that moved (an expert, "
+        "memory, router); null for other models"
+    ),
     "mix": (
         "unit: what shares are counted in. weights {source: share of the draws}: "
         "`start`; `end`, in force at the last step; `mean` over steps; `drawn`: "
@@ -104,6 +109,7 @@ def summarize_run(run: Run, flows: Mapping[str, SampleFlow]) -> dict[str, Any]:
             "equal_texts": equal_texts(run),
         },
         "drawn": {"documents": _drawn(run, "documents"), "tokens": _drawn(run, "tokens")},
+        "experts": summarize_experts(run),
         "mix": summarize_mix(run),
         "conflict": summarize_conflict(run),
         "loss": {"first": _loss(run, 0), "last": _loss(run, -1)},

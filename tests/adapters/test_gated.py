@@ -129,8 +129,9 @@ def test_gradient_checkpointing_changes_nothing(granularity):
 
     plain = grads()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    again = grads()
-    assert all(torch.equal(plain[name], again[name]) for name in plain)
+    for _ in range(4):  # memory is used again, and with it the addresses of earlier inputs
+        again = grads()
+        assert all(torch.equal(plain[name], again[name]) for name in plain)
 
 
 def test_torch_compile_gives_the_same():

@@ -200,3 +200,18 @@ def test_plain_lora_and_full_runs_have_no_parts(tmp_path):
     run = attach(trainer, tmp_path / "run")
     trainer.train()
     assert all("by_part" not in entry for event in intervals(run)[0] for entry in event["abilities"].values())
+
+
+def test_the_report_says_what_each_expert_carried(tmp_path):
+    model, gated = small()
+    trainer = train(tmp_path, model, gated)
+    run = attach(trainer, tmp_path / "run")
+    trainer.train()
+    page = run.report().read_text(encoding="utf-8")
+    summary = json.loads((tmp_path / "run/report.json").read_text(encoding="utf-8"))
+    assert "What each expert carried" in page
+    assert summary["method"] == "gated adapters"
+    for ability, parts in summary["experts"].items():
+        assert set(parts) == {"maths", "code", "general", "memory", "router"}
+        for source, whole in summary["ledger"][ability]["by_source"].items():
+            assert sum(each[source] for each in parts.values()) == pytest.approx(whole, abs=1e-12)
