@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastsft.adapters import Gated, GatedConfig, attach_gated, load_gated
     from fastsft.attribution import Attribution, Books, Targets
     from fastsft.capturing import capture
     from fastsft.mixing.run import run
@@ -31,16 +32,20 @@ _HOMES = {
     "Attribution": "fastsft.attribution",
     "Books": "fastsft.attribution",
     "Draws": "fastsft.train",
+    "Gated": "fastsft.adapters",
+    "GatedConfig": "fastsft.adapters",
     "Record": "fastsft.record",
     "Run": "fastsft.train",
     "Steering": "fastsft.train",
     "Targets": "fastsft.attribution",
     "attach": "fastsft.train",
+    "attach_gated": "fastsft.adapters",
     "attribute": "fastsft.train",
     "attribute_model": "fastsft.train",
     "attribute_queries": "fastsft.train",
     "capture": "fastsft.capturing",
     "load_config": "fastsft.train",
+    "load_gated": "fastsft.adapters",
     "run": "fastsft.mixing.run",
     "search_store": "fastsft.train",
     "write_report": "fastsft.report",
@@ -49,16 +54,20 @@ __all__ = [
     "Attribution",
     "Books",
     "Draws",
+    "Gated",
+    "GatedConfig",
     "Record",
     "Run",
     "Steering",
     "Targets",
     "attach",
+    "attach_gated",
     "attribute",
     "attribute_model",
     "attribute_queries",
     "capture",
     "load_config",
+    "load_gated",
     "run",
     "search_store",
     "write_report",

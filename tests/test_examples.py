@@ -20,7 +20,7 @@ from tests.train._run_file import write_run_file
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("room", ["attribution.methods", "capturing", "mixing", "ops", "sketch", "store"])
+@pytest.mark.parametrize("room", ["adapters", "attribution.methods", "capturing", "mixing", "ops", "sketch", "store"])
 def test_the_example_of_a_room_runs(room: str) -> None:
     found = doctest.testmod(importlib.import_module(f"fastsft.{room}"))
     assert found.attempted > 1
