@@ -12,6 +12,19 @@ torch.Size([3, 2])
 """
 
 from fastsft.adapters.config import GatedConfig, GatedError
+from fastsft.adapters.files import load_gated
 from fastsft.adapters.gated import Gated, attach_gated
+from fastsft.adapters.memory import Consolidation, memory_importance
+from fastsft.adapters.peft import export_expert, import_expert
 
-__all__ = ["Gated", "GatedConfig", "GatedError", "attach_gated"]
+__all__ = [
+    "Consolidation",
+    "Gated",
+    "GatedConfig",
+    "GatedError",
+    "attach_gated",
+    "export_expert",
+    "import_expert",
+    "load_gated",
+    "memory_importance",
+]

@@ -68,6 +68,11 @@ class GatedConfig:
             raise GatedError(
                 f"gate 'one_hot' is the task's own expert, so `granularity` must be 'task': got {self.granularity!r}."
             )
+        for field in ("rank", "memory_rank", "top_k"):
+            if not isinstance(getattr(self, field), int):
+                raise GatedError(f"`{field}` must be a whole number: got {getattr(self, field)!r}.")
+        if self.alpha is not None and not self.alpha > 0:
+            raise GatedError(f"`alpha` must be positive: got {self.alpha}. Leave it out for twice the rank.")
         if self.rank < 1 or self.memory_rank < 0:
             raise GatedError(
                 f"`rank` must be at least 1 and `memory_rank` at least 0: got {self.rank} and {self.memory_rank}."

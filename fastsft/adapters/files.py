@@ -45,8 +45,8 @@ class Described:
 def save_gated(gated: Gated, folder: str | Path) -> Path:
     """Write the adapters to `folder`: gated.json and gated.safetensors. The base model is not in it.
 
-    Memory ranks that are held (`Gated.select_memory`) are saved as memory like the others. An earlier save in the
-    folder is replaced once the new one is on the disk. Returns the folder.
+    Memory ranks that are held (`Gated.select_memory`) are saved as memory like the others, and come first in it. An
+    earlier save in the folder is replaced once the new one is on the disk. Returns the folder.
     """
     from safetensors.torch import save_file
 
@@ -110,41 +110,29 @@ def _state(gated: Gated) -> dict[str, Tensor]:
 
 
 def _to_save(gated: Gated) -> dict[str, Tensor]:
-    """The tensors as files hold them: on the CPU, and held memory together with the other."""
+    """The tensors as files hold them: on the CPU, held memory ranks together with the others."""
     state = _state(gated)
     for name, adapter in gated.adapters.items():
         if adapter.held is None:
             continue
+        held, memory = f"{name}.gated.held.", f"{name}.gated.memory."
         for key, dimension in (("A.weight", 0), ("B.weight", 1)):
-            memory = f"{name}.gated.memory.{key}"
-            # in the order in which they are stacked, so that sums stay the same to the bit
-            parts = [state.pop(f"{name}.gated.held.{key}"), *([state[memory]] if memory in state else [])]
-            state[memory] = torch.cat(parts, dimension)
-    return {name: tensor.cpu().contiguous() for name, tensor in state.items()}
+            # in the order in which they are stacked, not in their old places: sums stay the same to the bit
+            state[memory + key] = torch.cat([state[held + key], state[memory + key]], dimension)
+        state = {key: tensor for key, tensor in state.items() if not key.startswith(held)}
+    return {key: tensor.cpu().contiguous() for key, tensor in state.items()}
 
 
 @torch.no_grad()
 def _fill(gated: Gated, described: Described, weights: dict[str, Tensor], path: Path) -> None:
     """Copy the saved tensors into adapters that were just attached."""
-    gated.tasks = list(described.tasks)
-    names = {id(module): name for name, module in gated.model.named_modules()}
-    for gating in gated.gatings:
-        if isinstance(gating, TaskGates):
-            # a task whose expert went into the memory keeps its row
-            shape = len(described.tasks), len(described.config.experts)
-            gating.own = gating.own.new_zeros(shape)
-            if gating.table is not None:
-                gating.table = nn.Parameter(gating.table.new_zeros(shape))
-        else:
-            saved = weights.get(f"{names[id(gating)]}.protected")
-            if saved is not None and saved.ndim == 2 and saved.shape[1] <= gating.inputs:
-                gating.protected = gating.protected.new_zeros(gating.inputs, saved.shape[1])
+    _make_room(gated, described, weights)
     state = _state(gated)
-    missing, unknown = [name for name in state if name not in weights], weights.keys() - state.keys()
+    missing, unknown = [name for name in state if name not in weights], sorted(weights.keys() - state.keys())
     if missing:
         raise GatedError(f"{path} lacks {_some(missing)}, which {DESCRIPTION} beside it tells of. {AGAIN}")
     if unknown:
-        raise GatedError(f"{path} holds {_some(sorted(unknown))}, of which {DESCRIPTION} says nothing. {AGAIN}")
+        raise GatedError(f"{path} holds {_some(unknown)}, of which {DESCRIPTION} says nothing. {AGAIN}")
     for name, tensor in state.items():
         if tensor.shape != weights[name].shape:
             raise GatedError(
@@ -157,6 +145,24 @@ def _fill(gated: Gated, described: Described, weights: dict[str, Tensor], path: 
         gated.freeze_expert(name)
 
 
+def _make_room(gated: Gated, described: Described, weights: dict[str, Tensor]) -> None:
+    """Give the gates the sizes that they grew to: a row a task, directions that routers protect."""
+    gated.tasks = list(described.tasks)
+    names = {id(module): name for name, module in gated.model.named_modules()}
+    for gating in gated.gatings:
+        if isinstance(gating, TaskGates):
+            # a task whose expert went into the memory keeps its row
+            shape = len(described.tasks), len(described.config.experts)
+            gating.own = gating.own.new_zeros(shape)
+            if gating.table is not None:
+                gating.table = nn.Parameter(gating.table.new_zeros(shape))
+            continue
+        saved = weights.get(f"{names[id(gating)]}.protected")
+        if saved is not None and saved.ndim == 2 and saved.shape[1] <= gating.inputs:
+            # column by column in memory, as a QR decomposition leaves it: products round alike
+            gating.protected = gating.protected.new_zeros(saved.shape[1], gating.inputs).T
+
+
 # reading and checking
 
 
@@ -166,7 +172,9 @@ def read_description(folder: Path) -> Described:
     if not folder.is_dir():
         raise GatedError(f"there is no folder {folder}: give the one that `Gated.save` wrote.")
     if not path.is_file():
-        other = " It is a LoRA of PEFT: read it with `import_expert`." if (folder / "adapter_config.json").exists() else ""
+        other = (
+            " It is a LoRA of PEFT: read it with `import_expert`." if (folder / "adapter_config.json").exists() else ""
+        )
         raise GatedError(f"{folder} is not a folder of gated adapters: it has no {DESCRIPTION}.{other}")
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
@@ -204,8 +212,8 @@ def _check_keys(path: Path, told: dict[str, Any]) -> None:
         told["tasks"]
     ):
         raise GatedError(
-            f"{path} is damaged: tasks must be distinct, experts be among them and frozen ones be experts, and they are "
-            f"{told['tasks']}, {told['experts']} and {told['frozen']}. {AGAIN}"
+            f"{path} is damaged: tasks must be distinct, experts be among them and frozen ones be experts, and "
+            f"they are {told['tasks']}, {told['experts']} and {told['frozen']}. {AGAIN}"
         )
     layers = told["layers"]
     if not isinstance(layers, dict) or not all(
@@ -217,7 +225,9 @@ def _check_keys(path: Path, told: dict[str, Any]) -> None:
 def _read_config(path: Path, settings: object, experts: list[str]) -> GatedConfig:
     if not isinstance(settings, dict):
         raise GatedError(f"{path} is damaged: 'config' must hold settings, it is {settings!r}. {AGAIN}")
-    unknown = settings.keys() - {field.name for field in dataclasses.fields(GatedConfig)} | settings.keys() & {"experts"}
+    unknown = settings.keys() - {field.name for field in dataclasses.fields(GatedConfig)} | settings.keys() & {
+        "experts"
+    }
     if unknown:
         raise GatedError(
             f"{path} has the settings {_some(sorted(unknown))}, which this fastsft does not know. Read it with the "
@@ -235,8 +245,9 @@ def _read_weights(folder: Path, described: Described) -> dict[str, Tensor]:
         raise GatedError(f"{path} is missing, {DESCRIPTION} is there. {AGAIN}")
     if sha256_of(path) != described.sha256:
         raise GatedError(
-            f"{path} is not the file that {DESCRIPTION} tells of (another sha256): it was cut off, damaged or exchanged. "
-            f"{AGAIN} If a folder {UNFINISHED}* is in there, a save was killed while it renamed: move its file here."
+            f"{path} is not the file that {DESCRIPTION} tells of (another sha256): it was cut off, damaged or "
+            f"exchanged. {AGAIN} If a folder {UNFINISHED}* is in there, a save was killed "
+            f"while it renamed: move its file here."
         )
     return read_tensors(path)
 
@@ -249,7 +260,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(str(path))
     except SafetensorError as error:
-        raise GatedError(f"{path} is no whole safetensors file ({error}): save it again, or take another copy.") from None
+        raise GatedError(
+            f"{path} is no whole safetensors file ({error}): save it again, or take another copy."
+        ) from None
 
 
 def _check_layers(model: nn.Module, described: Described) -> None:

@@ -51,9 +51,9 @@ class Gated:
         self._signature = inspect.signature(model.forward)
         self._caches: WeakKeyDictionary[Any, dict[int, Tensor]] = WeakKeyDictionary()
         found = find_targets(model, config)
+        self.adapters = {name: Adapter(name, base, config) for name, base in found.items()}
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        self.adapters = {name: Adapter(name, base, config) for name, base in found.items()}
         self.blocks, self._scopes = self._make_blocks()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         for name, base in found.items():

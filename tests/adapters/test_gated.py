@@ -347,6 +347,8 @@ def test_nothing_is_held_after_a_pass():
         ({"experts": ["a"], "granularity": "batch"}, "`granularity` must be one of"),
         ({"experts": ["a"], "gate": "one_hot"}, "`granularity` must be 'task': got 'sequence'"),
         ({"experts": ["a"], "rank": 0}, "`rank` must be at least 1"),
+        ({"experts": ["a"], "rank": 2.5}, "`rank` must be a whole number: got 2.5"),
+        ({"experts": ["a"], "alpha": 0}, "`alpha` must be positive: got 0"),
         ({"experts": ["a"], "memory_lr": 0.0}, "`memory_lr` must be positive"),
         ({"experts": ["a"], "orthogonal": True, "granularity": "task"}, "gates per task have none"),
         ({"experts": ["a"], "orthogonal_energy": 1.5}, "at most 1: got 1.5"),
