@@ -1,8 +1,8 @@
 """Write README's benchmark tables from committed rows: `python -m benchmarks.table [--readme FILE]`.
 
-A table stands between `<!-- table:NAME -->` and `<!-- /table -->`; NAME is aims, rivals, gpu, lds or mixing. Only
-rows in benchmarks/results/ are read: aims_cpu.jsonl, rivals_*.jsonl with system_index_build_cpu.jsonl, gpu_*.jsonl,
-lds_*.jsonl, mixing_*.jsonl.
+A table stands between `<!-- table:NAME -->` and `<!-- /table -->`; NAME is aims, rivals, gpu, lds, mixing, gated or
+forgetting. Only rows in benchmarks/results/ are read: aims_cpu.jsonl, rivals_*.jsonl with system_index_build_cpu.jsonl,
+gpu_*.jsonl, lds_*.jsonl, mixing_*.jsonl, ops_gated_adapter_*.jsonl, forgetting.jsonl.
 """
 
 from __future__ import annotations
@@ -232,6 +232,68 @@ def _mixing_line(row: Row) -> list[str]:
     ]
 
 
+def gated_table(results: Path) -> str:
+    """Each way to compute a layer with gated experts: time over the frozen layer's, over its FLOPs', and memory."""
+    rows = read_rows(results, "ops_gated_adapter_*.jsonl")
+    if not rows:
+        return NOT_MEASURED
+    by_key = {(row["shape"], row["dtype"], row["provider"], row["mode"]): row for row in rows}
+    lines = []
+    for shape, dtype, provider in dict.fromkeys(key[:3] for key in by_key):
+        forward, both = (by_key[shape, dtype, provider, mode] for mode in ("forward", "forward+backward"))
+        loop = by_key[shape, dtype, "peft loop", "forward+backward"]
+        lines.append(
+            [
+                shape if dtype == "float32" else f"{shape} {dtype}",
+                provider,
+                *(f"{row['ratio_to_reference']:.2f} ({row['ratio_to_flops']:.2f})" for row in (forward, both)),
+                f"{loop['ratio_to_reference'] / both['ratio_to_reference']:.1f}",
+                f"{both['saved_bytes'] / 2**20:.2f} MiB",
+                f"{both['peak_bytes'] / 2**20:.0f} MiB" if "peak_bytes" in both else "",
+            ]
+        )
+    head = [
+        "shape",
+        "provider",
+        "forward, to the base (and to FLOPs)",
+        "forward+backward",
+        "times as fast as the peft loop",
+        "kept for backward",
+        "peak",
+    ]
+    return markdown(head, lines) + signature(rows)
+
+
+def forgetting_table(results: Path) -> str:
+    """Losses of tasks learnt in turn, mean and range over seeds."""
+    rows = read_rows(results, "forgetting.jsonl")
+    if not rows:
+        return NOT_MEASURED
+    arms: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        arms.setdefault((row["setting"], row["arm"]), []).append(row)
+
+    def spread(own: list[Row], key: str) -> str:
+        values = [row[key] for row in own]
+        return f"{_average(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+    columns = ("first_when_learnt", "first_at_the_end", "mean_at_the_end", "forgotten")
+    lines = [
+        [setting, arm, f"{own[0]['learning_rate']:g}", *(spread(own, key) for key in columns)]
+        for (setting, arm), own in arms.items()
+    ]
+    head = [
+        "tasks",
+        "arm",
+        "learning rate",
+        "first task when learnt",
+        "first task at the end",
+        "all three at the end",
+        "forgotten of the first two",
+    ]
+    return markdown(head, lines) + signature(rows)
+
+
 def _average(values: list[float]) -> float:
     return math.fsum(values) / len(values)
 
@@ -246,6 +308,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "gpu": gpu_table,
     "lds": lds_table,
     "mixing": mixing_table,
+    "gated": gated_table,
+    "forgetting": forgetting_table,
 }
 
 

@@ -80,7 +80,7 @@ def letters(steps: int = 60) -> Setting:
     return Setting(name="letters", tasks=tasks, steps=steps, base=base, batch=batch, held_out=held_out)
 
 
-def real(steps: int = 40, rows: int = 16) -> Setting:
+def real(steps: int = 30, rows: int = 8) -> Setting:
     """Maths, then SQL, then instructions, for the base model of the shared data after 11 % of its pretraining."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
