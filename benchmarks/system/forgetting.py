@@ -1,6 +1,6 @@
 """What is forgotten when tasks are learnt one after another: gated adapters against one LoRA of the same total rank.
 
-    python -m benchmarks.system.forgetting [--setting letters|real] [--seeds 5] [--json FILE]
+    python -m benchmarks.system.forgetting [--setting letters|real] [--arm ARM] [--seeds 5] [--json FILE]
 
 Three tasks in turn, each with an optimizer of its own, none seen again. After each the losses of all tasks so far are
 measured on held-out rows. Each arm takes the learning rate that did best for it (mean loss of the three tasks at the
@@ -8,7 +8,7 @@ end) on a seed of its own. `letters` is made up, in seconds; `real` is maths (gs
 a model of 4 M parameters.
 
 Arms: "one LoRA"; "gated by task": one-hot gates, the task's name is told; "gated by prompt": a sigmoid of the prompt
-decides, routers protected after each task; the last two freeze an expert when its task is done, and have a memory.
+decides, routers protected after each task, later experts beginning at a gate of 0.12; the last two freeze an expert when its task is done, and have a memory.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ ARMS = ("one LoRA", "gated by task", "gated by prompt")
 RATES = (1e-3, 3e-3, 1e-2)
 SEARCH_SEED = 100
 RANK, MEMORY = 4, 4
+LATER_BIAS = -2.0
 Batch = dict[str, Tensor]
 
 
@@ -158,7 +159,8 @@ class Learner:
     def learn(self, task: str, seed: int) -> None:
         """Train on one task; an expert of its own is added for it, and frozen after it."""
         if self.gated is not None and task not in self.gated.experts:
-            self.gated.add_expert(task)
+            # under protected routers a new expert's voice on what was seen before is its bias alone
+            self.gated.add_expert(task, gate_bias=LATER_BIAS if self.gated.config.orthogonal else None)
         self.tell(task)
         self.model.train()
         optimizer = torch.optim.AdamW(self.groups(), weight_decay=0.0)
@@ -218,8 +220,8 @@ def best_rate(arm: str, setting: Setting) -> float:
     return min(RATES, key=lambda rate: race(arm, setting, SEARCH_SEED, rate)["mean_at_the_end"])
 
 
-def rows(setting: Setting, seeds: int) -> Iterator[dict[str, Any]]:
-    for arm in ARMS:
+def rows(setting: Setting, seeds: int, arms: Sequence[str]) -> Iterator[dict[str, Any]]:
+    for arm in arms:
         rate = best_rate(arm, setting)
         for seed in range(seeds):
             yield race(arm, setting, seed, rate)
@@ -228,13 +230,14 @@ def rows(setting: Setting, seeds: int) -> Iterator[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Tasks learnt one after another, and what is left of the first.")
     parser.add_argument("--setting", action="append", choices=["letters", "real"])
+    parser.add_argument("--arm", action="append", choices=ARMS)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     found = []
     for name in arguments.setting or ["letters", "real"]:
-        for row in rows({"letters": letters, "real": real}[name](), arguments.seeds):
+        for row in rows({"letters": letters, "real": real}[name](), arguments.seeds, arguments.arm or ARMS):
             found.append(row)
             print(
                 f"{row['setting']:8} {row['arm']:16} seed {row['seed']} rate {row['learning_rate']:g}: the first task "

@@ -111,6 +111,8 @@ class Adapter(nn.Module):
     ) -> Tensor:
         """Add experts and memory to the layer's output y [.., O]; let each B see what it multiplied, and y."""
         config = self.config
+        # fewer experts than that may be left
+        top_k = min(config.top_k, len(self.experts))
         result = expand(
             y,
             z,
@@ -119,7 +121,7 @@ class Adapter(nn.Module):
             rank=config.rank,
             sequences=sequences,
             gate=gate,
-            top_k=config.top_k,
+            top_k=top_k,
             chosen=chosen,
             scale=config.scale,
             num_frozen=self.num_frozen,
@@ -130,7 +132,7 @@ class Adapter(nn.Module):
             return result
         with torch.no_grad():
             document = None if sequences is None or len(g) == 1 else sequences.document
-            job = Epilogue(z.detach(), g.detach(), document, gate, config.top_k)
+            job = Epilogue(z.detach(), g.detach(), document, gate, top_k)
             h = config.scale * epilogue(job, len(self.experts) * config.rank)[0]
         for factor, part in zip(factors, h.split([factor.weight.shape[1] for factor in factors], 1)):
             result = factor(part, result)

@@ -101,17 +101,18 @@ class Router(nn.Module):
         for row, now in zip(self.experts.values(), self.rows()):
             row.settled.copy_(now[None])
             row.weight.weight.zero_()
-        rest = self._outside(self._outside(self.seen).T)
-        values, vectors = torch.linalg.eigh(rest)
+        before, seen = self.protected.double(), self.seen.double()
+        aside = seen - before @ (before.T @ seen)
+        values, vectors = torch.linalg.eigh(aside - (aside @ before) @ before.T)
         values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
-        total = self.seen.trace()
-        kept = total - values.sum()  # within the directions protected before
-        share = (kept + values.cumsum(0)) / total.clamp_min(torch.finfo(total.dtype).tiny)
-        significant = values > values[:1] * self.inputs * torch.finfo(values.dtype).eps
-        before = torch.cat([kept[None] / total.clamp_min(torch.finfo(total.dtype).tiny), share[:-1]])
-        take = significant & (before < self.config.orthogonal_energy)
-        basis, _ = torch.linalg.qr(torch.cat([self.protected, vectors[:, take]], 1))
-        self.protected = basis
+        total = seen.trace().clamp_min(torch.finfo(seen.dtype).tiny)
+        # with what lies within the directions protected before
+        share = (seen.trace() - values.sum() + values.cumsum(0) - values) / total
+        # sums in float32 leave up to 2 eps of the largest where there is nothing (64 to 1024 inputs, 200 batches)
+        significant = values > 32 * torch.finfo(self.seen.dtype).eps * seen.norm()
+        take = significant & (share < self.config.orthogonal_energy)
+        basis, _ = torch.linalg.qr(torch.cat([before, vectors[:, take]], 1))
+        self.protected = basis.to(self.dtype)
         self.seen.zero_()
         return int(basis.shape[1])
 
