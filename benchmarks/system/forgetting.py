@@ -8,7 +8,8 @@ end) on a seed of its own. `letters` is made up, in seconds; `real` is maths (gs
 a model of 4 M parameters.
 
 Arms: "one LoRA"; "gated by task": one-hot gates, the task's name is told; "gated by prompt": a sigmoid of the prompt
-decides, routers protected after each task, later experts beginning at a gate of 0.12; the last two freeze an expert when its task is done, and have a memory.
+decides, routers are protected after each task, and later experts begin at a gate of 0.12. The last two freeze an expert
+when its task is done, and have a memory.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from benchmarks.harness import signed, write_rows
 from fastsft.adapters import Gated, GatedConfig, attach_gated
 
 ARMS = ("one LoRA", "gated by task", "gated by prompt")
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 SEARCH_SEED = 100
 RANK, MEMORY = 4, 4
 LATER_BIAS = -2.0

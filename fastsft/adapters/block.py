@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -223,15 +223,3 @@ class Block:
 def in_backward() -> bool:
     """Whether a backward pass is under way, in which checkpointed blocks are run again."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def before_layer(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Hook of an adapted layer, before it runs."""
-    adapter: Adapter = module.gated  # type: ignore[assignment]
-    return (adapter.block.read(adapter, args[0]), *args[1:])
-
-
-def after_layer(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    """Hook of an adapted layer, after it ran."""
-    adapter: Adapter = module.gated  # type: ignore[assignment]
-    return adapter.block.add(adapter, output)

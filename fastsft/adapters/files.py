@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from fastsft.adapters.config import GatedConfig, GatedError
 from fastsft.adapters.factor import freeze
-from fastsft.adapters.gated import Gated, attach_gated, find_targets
+from fastsft.adapters.gated import Gated, attach_gated
 from fastsft.adapters.layer import is_linear, widths
 from fastsft.adapters.router import TaskGates
+from fastsft.adapters.targets import find_targets
 from fastsft.record import versions
 
 SCHEMA = 1

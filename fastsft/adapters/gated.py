@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +12,22 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fastsft.adapters.block import Block, Group, after_layer, before_layer
-from fastsft.adapters.config import SAME_INPUT, GatedConfig, GatedError, check_name
+from fastsft.adapters.block import Block
+from fastsft.adapters.config import GatedConfig, GatedError, check_name
 from fastsft.adapters.context import Context, make_context
 from fastsft.adapters.factor import freeze
-from fastsft.adapters.layer import Adapter, is_linear
+from fastsft.adapters.hooks import (
+    after_block,
+    after_layer,
+    after_model,
+    before_block,
+    before_child,
+    before_layer,
+    before_model,
+)
+from fastsft.adapters.layer import Adapter
 from fastsft.adapters.router import Router, TaskGates
+from fastsft.adapters.targets import block_of, find_targets, make_groups
 
 if TYPE_CHECKING:
     from fastsft.adapters.memory import Consolidation
@@ -359,84 +368,3 @@ class Gated:
         from fastsft.adapters.files import save_gated
 
         return save_gated(self, folder)
-
-
-# Hooks are plain functions that find what they need on the module: a copy of the model then has adapters of its own.
-
-
-def before_model(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Hook of the model, before it runs."""
-    gated: Gated = module.gated_adapters  # type: ignore[assignment]
-    return gated.before(module, args, kwargs)
-
-
-def after_model(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """Hook of the model, after it ran."""
-    gated: Gated = module.gated_adapters  # type: ignore[assignment]
-    gated.after(output)
-
-
-def before_block(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Hook of a block, before it runs."""
-    hidden = args[0] if args else kwargs.get("hidden_states")
-    blocks: list[Block] = module.__dict__["gated_blocks"]
-    for block in blocks:
-        block.begin(hidden if isinstance(hidden, Tensor) else None)
-
-
-def before_child(module: nn.Module, args: tuple[Any, ...]) -> None:
-    """Hook of what a block calls, before it runs."""
-    if not torch.compiler.is_compiling():
-        blocks: list[Block] = module.__dict__["gated_blocks"]
-        for block in blocks:
-            block.before_child(module, args[0] if args and isinstance(args[0], Tensor) else None)
-
-
-def after_block(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """Hook of a block, after it ran."""
-    blocks: list[Block] = module.__dict__["gated_blocks"]
-    for block in blocks:
-        block.end()
-
-
-def find_targets(model: nn.Module, config: GatedConfig) -> dict[str, nn.Module]:
-    """The linear layers that `config.targets` names, without the output layer."""
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if callable(get_head) else None
-    linear = {
-        name: module for name, module in model.named_modules() if is_linear(module) and module is not head and name
-    }
-    if config.targets == "all-linear":
-        found = linear
-    else:
-        ends = [config.targets] if isinstance(config.targets, str) else list(config.targets)
-        found = {
-            name: module
-            for name, module in linear.items()
-            if any(re.search(rf"(^|\.){re.escape(end)}$", name) for end in ends)
-        }
-    if not found:
-        some = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear})) or "none"
-        raise GatedError(f"`targets` {config.targets!r} names no linear layer of the model: its layers are {some}.")
-    return found
-
-
-def block_of(name: str) -> str:
-    """The block that a layer belongs to: the innermost member of a list of modules that holds it, "" for none."""
-    parts = name.split(".")
-    for end in range(len(parts) - 1, 0, -1):
-        if parts[end - 1].isdigit():
-            return ".".join(parts[:end])
-    return ""
-
-
-def make_groups(adapters: Sequence[Adapter]) -> list[Group]:
-    """Group adapters of layers that read the same tensor, by their names (`SAME_INPUT`)."""
-    groups: dict[tuple[str, object], list[Adapter]] = {}
-    for adapter in adapters:
-        parent, _, leaf = adapter.name.rpartition(".")
-        number = next((number for number, names in enumerate(SAME_INPUT) if leaf in names), None)
-        groups.setdefault((parent, leaf if number is None else number), []).append(adapter)
-    return [Group(members) for members in groups.values()]

@@ -279,15 +279,23 @@ def _spans(chosen: Chosen, T: int) -> list[tuple[int, int, Tensor]]:
     return [(begin, end, columns) for (begin, end), columns in zip(spans, chosen.columns)]
 
 
+def _rows(weight: Tensor, columns: Tensor) -> Tensor:
+    """Take rows of weight [P, I]: [n] or [D, n] -> [n, I] or [D, n, I]."""
+    if weight.is_contiguous():
+        return weight[columns]
+    # a transposed one is read along its own memory: 0.5 ms against 2.4 ms, 8 times 128 rows of 1024
+    return weight.T.index_select(1, columns.flatten()).unflatten(1, columns.shape).movedim(0, -1)
+
+
 def _times_chosen(x: Tensor, weight: Tensor, chosen: Chosen) -> Tensor:
     """Multiply each sequence's tokens x [T, I] by its rows of weight [P, I] -> [T, n]."""
     length = None if chosen.sequences is None else chosen.sequences.length
     if length is not None:
         rows = x.unflatten(0, (len(chosen.columns), length))
-        return torch.bmm(rows, weight[chosen.columns].mT).flatten(0, 1)
+        return torch.bmm(rows, _rows(weight, chosen.columns).mT).flatten(0, 1)
     out = x.new_empty(len(x), chosen.columns.shape[1])
     for begin, end, columns in _spans(chosen, len(x)):
-        torch.mm(x[begin:end], weight[columns].T, out=out[begin:end])
+        torch.mm(x[begin:end], _rows(weight, columns).T, out=out[begin:end])
     return out
 
 
@@ -297,10 +305,10 @@ def _add_chosen(into: Tensor, z: Tensor, weight: Tensor, chosen: Chosen, scale: 
     if length is not None:
         count = len(chosen.columns)
         rows = into.view(count, length, into.shape[1])
-        rows.baddbmm_(z.unflatten(0, (count, length)), weight[chosen.columns], alpha=scale)
+        rows.baddbmm_(z.unflatten(0, (count, length)), _rows(weight, chosen.columns), alpha=scale)
         return into
     for begin, end, columns in _spans(chosen, len(into)):
-        into[begin:end].addmm_(z[begin:end], weight[columns], alpha=scale)
+        into[begin:end].addmm_(z[begin:end], _rows(weight, columns), alpha=scale)
     return into
 
 
@@ -357,7 +365,10 @@ class _Shrink(torch.autograd.Function):
             return dx, da, None, None, None, None
         parts = a.split(ctx.splits)
         if ctx.needs_input_grad[0]:
-            out = torch.zeros_like(flat) if dx is None else dx.reshape(flat.shape).clone()
+            if dx is None:
+                out = torch.zeros_like(flat)
+            else:
+                out = dx.reshape(flat.shape) if ctx.owned else dx.reshape(flat.shape).clone()
             for dz, part in zip(full, parts):
                 _add_chosen(out, dz, part, chosen)
             dx = out.view(x.shape)
