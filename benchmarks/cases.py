@@ -106,3 +106,44 @@ STORE_TOPK = (
     StoreCase(name="100k_x_1024", rows=100_000, size=1024),
     StoreCase(name="25k_x_4096", rows=25_000, size=4096),
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatedCase:
+    """One frozen linear layer with gated experts. Gates are the softmax of each token's logits.
+
+    With `top_k` they are the softmax over each sequence's largest logits, for `sequences` of one length.
+    """
+
+    name: str
+    inputs: int
+    outputs: int
+    tokens: int = 2048
+    experts: int = 8
+    rank: int = 16
+    top_k: int = 0
+    sequences: int = 8
+    dtype: str = "float32"
+
+    @property
+    def shape(self) -> str:
+        gates = f" top-{self.top_k} D{self.sequences}" if self.top_k else ""
+        return f"T{self.tokens} I{self.inputs} O{self.outputs} E{self.experts} r{self.rank}{gates}"
+
+
+GATED_ADAPTER = (
+    GatedCase(name="d512_e4_r16", inputs=512, outputs=512, experts=4),
+    GatedCase(name="d1024_e8_r8", inputs=1024, outputs=1024, rank=8),
+    GatedCase(name="d1024_e8_r16", inputs=1024, outputs=1024),
+    GatedCase(name="d1024_e8_r16_t256", inputs=1024, outputs=1024, tokens=256),
+    GatedCase(name="d1024_top2_r64", inputs=1024, outputs=1024, rank=64, top_k=2),
+)
+
+GATED_ADAPTER_CUDA = (
+    *(
+        GatedCase(name=f"{inputs}x{outputs}_t{tokens}", inputs=inputs, outputs=outputs, tokens=tokens, dtype="bfloat16")
+        for inputs, outputs in ((2048, 2048), (4096, 4096), (4096, 14336))
+        for tokens in (256, 1024, 8192)
+    ),
+    GatedCase(name="4096_top2_r64", inputs=4096, outputs=4096, tokens=8192, rank=64, top_k=2, dtype="bfloat16"),
+)

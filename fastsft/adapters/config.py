@@ -30,7 +30,8 @@ class GatedConfig:
     # sigmoid: experts speak independently, so a new one leaves the others' voices as they are. softmax, topk: their
     # gates sum to one, so each speaks about 1 / E (1 / k) as loudly. one_hot: the task's own expert alone
     gate: Literal["sigmoid", "softmax", "topk", "one_hot"] = "sigmoid"
-    # sequence: gates look at the prompt's tokens alone, so that training and generation agree. task: at its name
+    # sequence: gates look at the prompt's tokens alone, so that training and generation agree. task: at its name (a
+    # table of logits, which weight decay would pull at: train it without)
     granularity: Literal["token", "sequence", "task"] = "sequence"
     top_k: int = 2
     # 0: no memory

@@ -241,7 +241,8 @@ class Gated:
     def protect_router(self) -> dict[str, int]:
         """Keep the gates of all inputs seen in training since the last call, from now on; needs `orthogonal=True`.
 
-        Call it when a task is done. Returns how many directions each router protects.
+        Call it when a task is done. Returns how many directions each router protects. What is protected is what a
+        router read: inputs of later blocks still move as experts and memory of earlier ones train.
         """
         if not self.config.orthogonal:
             raise GatedError("routers remember what they saw only with GatedConfig(orthogonal=True).")

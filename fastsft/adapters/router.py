@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastsft.adapters.config import GatedConfig
@@ -102,6 +103,8 @@ class Router(nn.Module):
             row.settled.copy_(now[None])
             row.weight.weight.zero_()
         before, seen = self.protected.double(), self.seen.double()
+        if dist.is_initialized():
+            dist.all_reduce(seen)  # each rank saw its own rows, and all must protect the same
         aside = seen - before @ (before.T @ seen)
         values, vectors = torch.linalg.eigh(aside - (aside @ before) @ before.T)
         values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
