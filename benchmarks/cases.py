@@ -145,5 +145,8 @@ GATED_ADAPTER_CUDA = (
         for inputs, outputs in ((2048, 2048), (4096, 4096), (4096, 14336))
         for tokens in (256, 1024, 8192)
     ),
-    GatedCase(name="4096_top2_r64", inputs=4096, outputs=4096, tokens=8192, rank=64, top_k=2, dtype="bfloat16"),
+    *(
+        GatedCase(name=f"{d}_top2_r64", inputs=d, outputs=d, tokens=8192, rank=64, top_k=2, dtype="bfloat16")
+        for d in (2048, 4096)
+    ),
 )

@@ -55,3 +55,21 @@ def test_sample_grad_project(run, layer):
 def test_store_topk(run, format):
     rows, queries = ops.encode_rows(torch.randn(8192, 1024), format), torch.randn(4, 1024)
     assert run(lambda: ops.store_topk(queries, rows, 10)).largest.shape == (4, 10)
+
+
+@pytest.mark.parametrize("per", ["token", "sequence"])
+def test_gated_adapter(run, per):
+    """Forward and backward of a frozen layer with 8 experts of rank 16, [512, 512]."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    x, a, b = draw(TOKENS, INPUTS), draw(8 * 16 + 8, INPUTS), draw(INPUTS, 8 * 16)
+    leaves = [tensor.requires_grad_() for tensor in (x, a, b)]
+    base = torch.nn.Linear(INPUTS, INPUTS, bias=False).requires_grad_(False)
+    prompt = torch.ones(DOCUMENTS, TOKENS // DOCUMENTS, dtype=torch.bool)
+    sequences = ops.Sequences.of_rows(prompt) if per == "sequence" else None
+
+    def step():
+        y = ops.gated_adapter(x, a, b, num_experts=8, rank=16, base=base, per=per, sequences=sequences)
+        return torch.autograd.grad(y.sum(), leaves)
+
+    run(step)

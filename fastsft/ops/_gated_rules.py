@@ -62,6 +62,8 @@ def check_gate_inputs(
     T = x.shape[:-1].numel()
     if bias is not None and bias.shape != (num_experts,):
         raise ValueError(f"`bias` must be [{num_experts}], a number an expert: got {list(bias.shape)}.")
+    if bias is not None and gate == "one_hot":
+        raise ValueError("gate 'one_hot' has no logits, so `bias` would do nothing: leave it out.")
     if per == "sequence" and sequences is None:
         raise ValueError(
             "gates per sequence need `sequences`, which say whose tokens are prompts: Sequences.of_rows(mask) or "
@@ -76,6 +78,8 @@ def check_gate_inputs(
             "gates per task need `task`, the number of each sequence's task [D] (or [1] for all tokens), and `table` "
             "[N, E] of logits unless the gate is 'one_hot'."
         )
+    if task.ndim != 1:
+        raise ValueError(f"`task` must be a vector of numbers, [D] or [1]: got the shape {list(task.shape)}.")
     if len(task) != 1 and (sequences is None or len(task) != len(sequences.offsets) - 1):
         raise ValueError(
             f"`task` must name one task, or one a sequence with `sequences` given: got {len(task)} tasks for "

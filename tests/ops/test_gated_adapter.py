@@ -622,6 +622,8 @@ def of_tasks(**change):
         (bad(gate="topk", top_k=0), "`top_k` must be between 1 and the 3 experts: got 0"),
         (bad(gate="topk", top_k=4), "`top_k` must be between 1 and the 3 experts: got 4"),
         (bad(bias=torch.ones(2)), r"`bias` must be \[3\], a number an expert: got \[2\]"),
+        (of_tasks(gate="one_hot", table=None, bias=torch.ones(3)), "gate 'one_hot' has no logits, so `bias` would do"),
+        (of_tasks(task=torch.tensor(0)), r"`task` must be a vector of numbers, \[D\] or \[1\]: got the shape \[\]"),
         (bad(per="sequence"), "gates per sequence need `sequences`"),
         (of_tasks(x=torch.ones(7, 4)), "`sequences` must cover the 7 tokens of `x`: they cover 6"),
         (of_tasks(task=None), "gates per task need `task`"),

@@ -16,9 +16,14 @@ def make_op(monkeypatch):
     monkeypatch.setattr(_op, "_OPS", {})
     _op._warn_once.cache_clear()
 
-    def make(why_absent=None, note=""):
+    def make(why_absent=None, note="", by_name=False):
         fast = Implementation(
-            backend="cpp", device="cpu", run=lambda x: "cpp", why_absent=lambda: why_absent, note=note
+            backend="cpp",
+            device="cpu",
+            run=lambda x: "cpp",
+            why_absent=lambda: why_absent,
+            note=note,
+            by_name=by_name,
         )
         return Op("probe", lambda x: "reference", [fast])
 
@@ -57,6 +62,15 @@ def test_asked_for_by_name_runs_or_fails(make_op):
             run(make_op(), torch.ones(1, dtype=torch.float64))
     with ops.backend("triton"), pytest.raises(RuntimeError, match="there is none for device 'cpu'"):
         run(make_op(), torch.ones(1))
+
+
+def test_by_name_alone_runs_where_it_is_asked_for_and_is_not_missed_elsewhere(make_op):
+    op = make_op(by_name=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert run(op, torch.ones(1)) == "reference"
+    with ops.backend("cpp"):
+        assert run(op, torch.ones(1)) == "cpp"
 
 
 def test_asking_ends_with_the_block(make_op):
