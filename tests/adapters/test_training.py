@@ -8,6 +8,7 @@ from datasets import Dataset
 
 import fastsft
 from fastsft.adapters import GatedError
+from fastsft.attribution.methods import GradDot
 from fastsft.capturing import capture
 from fastsft.data import PackedDataset, RowDataset, pack
 from fastsft.train.loop import Padding
@@ -193,6 +194,24 @@ def test_packed_and_padded_rows_train_alike(tmp_path):
         found.append({name: p.grad for name, p in gated.named_parameters()})
     for name, grad in found[0].items():
         torch.testing.assert_close(grad, found[1][name], rtol=0, atol=1e-12)
+
+
+def test_methods_after_the_run_score_gated_models():
+    """They call the model without labels, and say where prompts end."""
+    model, _ = gated_model("softmax", "sequence")
+    rows, queries = make_rows(5), make_rows(2, seed=4, prefix="query")
+
+    def gradient(row, *, mean):
+        model.zero_grad()
+        ids, labels = torch.tensor([row.input_ids]), torch.tensor([row.labels])
+        loss = model(ids, labels=labels).loss
+        (loss if mean else loss * (labels[:, 1:] != -100).sum()).backward()
+        return torch.cat([p.grad.flatten() for name, p in model.named_parameters() if p.requires_grad and p.dim() == 2])
+
+    asked = [gradient(query, mean=True) for query in queries]
+    truth = torch.stack([torch.stack([gradient(row, mean=False) @ each for each in asked]) for row in rows])
+    scores = GradDot().fit(model, [], rows).score(queries).matrix()
+    torch.testing.assert_close(scores.double(), truth, rtol=1e-5, atol=1e-5 * float(truth.abs().max()))  # float32
 
 
 def test_plain_lora_and_full_runs_have_no_parts(tmp_path):
