@@ -33,6 +33,8 @@ TESTS = (
 )
 WIDTH, DOCUMENTS, TOKENS, SKETCH, RANK = 4096, 8, 2048, 4096, 16
 EXPERTS, TOP_K = 8, 2
+# of sequences packed together, 8192 tokens: from an answer of a line to a long document
+LENGTHS = (1500, 64, 910, 333, 2047, 128, 700, 41, 1100, 512, 257, 600)
 Case = Iterator[dict[str, object]]
 CASES: dict[str, Callable[["Machine"], Case]] = {}
 
@@ -196,7 +198,8 @@ class Gated(NamedTuple):
     gate: Literal["sigmoid", "topk"]
     per: Literal["token", "sequence"]
     against: str
-    aim: float
+    aim: float | None
+    lengths: tuple[int, ...] | None = None  # None: DOCUMENTS of one length
 
     def floor_ms(self, machine: Machine, num_experts: int | None) -> float:
         """The layer's tensors once, and its products: of both passes of the base, of the adapter with its own."""
@@ -210,6 +213,7 @@ class Gated(NamedTuple):
 
 GATED = (
     Gated(8192, 2048, 64, "topk", "sequence", "stacked", round(1 / 1.3, 3)),
+    Gated(8192, 2048, 64, "topk", "sequence", "stacked", None, LENGTHS),
     Gated(1024, 2048, 16, "sigmoid", "token", "stacked", round(1 / 1.5, 3)),
     Gated(256, 2048, 16, "sigmoid", "token", "stacked", round(1 / 1.5, 3)),
     Gated(8192, 4096, 16, "sigmoid", "sequence", "frozen base", 1.2),
@@ -218,13 +222,18 @@ GATED = (
 
 def gated_variants(setting: Gated) -> dict[str, Callable[[], object]]:
     """Both passes of a frozen layer: alone, with the reference's products of all experts, with what is chosen."""
-    shape, width = (DOCUMENTS, setting.tokens // DOCUMENTS), setting.width
+    shape: tuple[int, ...] = (DOCUMENTS, setting.tokens // DOCUMENTS) if setting.lengths is None else (setting.tokens,)
+    width = setting.width
     x, dy = (torch.randn(*shape, width, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     a = torch.randn(EXPERTS * (setting.rank + 1), width, device="cuda", dtype=torch.bfloat16) / width**0.5
     b = torch.randn(width, EXPERTS * setting.rank, device="cuda", dtype=torch.bfloat16) / 64
     leaves = [leaf.requires_grad_() for leaf in (x, a, b)]
     base = torch.nn.Linear(width, width, bias=False, device="cuda", dtype=torch.bfloat16).requires_grad_(False)
-    sequences = ops.Sequences.of_rows(torch.ones(shape, dtype=torch.bool, device="cuda"))
+    prompt = torch.ones(shape, dtype=torch.bool, device="cuda")
+    if setting.lengths is None:
+        sequences = ops.Sequences.of_rows(prompt)
+    else:
+        sequences = ops.Sequences.packed(torch.tensor([0, *setting.lengths], device="cuda").cumsum(0), prompt)
 
     def frozen() -> None:
         torch.autograd.grad(torch.nn.functional.linear(x, base.weight), x, dy)
@@ -238,6 +247,10 @@ def gated_variants(setting: Gated) -> dict[str, Callable[[], object]]:
         with ops.backend("reference"):
             adapted(skip=False)
 
+    def by_name() -> None:
+        with ops.backend("triton"):
+            adapted(skip=None)
+
     variants: dict[str, Callable[[], object]] = {
         "frozen base": frozen,
         "stacked": stacked,
@@ -245,6 +258,8 @@ def gated_variants(setting: Gated) -> dict[str, Callable[[], object]]:
     }
     if setting.gate == "topk":
         variants |= {"with skip": lambda: adapted(skip=True), "without skip": lambda: adapted(skip=False)}
+    if setting.lengths is not None:
+        variants["triton, by name"] = by_name
     return variants
 
 
@@ -256,12 +271,14 @@ def gated(machine: Machine) -> Case:
         against_ms = sorted(times[setting.against])[len(times[setting.against]) // 2]
         chosen = TOP_K if setting.gate == "topk" else EXPERTS
         of = {"frozen base": None, "stacked": EXPERTS, "without skip": EXPERTS}
+        if setting.lengths is not None:
+            of["gated_adapter"] = EXPERTS  # by default none of packed sequences is skipped
         for name, values in times.items():
             ratio = sorted(values)[len(values) // 2] / against_ms
             aim = setting.aim if name == "gated_adapter" else None
             floor = setting.floor_ms(machine, of.get(name, chosen))
             shape = {"tokens": setting.tokens, "width": setting.width, "experts": EXPERTS, "rank": setting.rank}
-            how = {"gate": setting.gate, "per": setting.per, "against": setting.against}
+            how = {"gate": setting.gate, "per": setting.per, "against": setting.against, "lengths": setting.lengths}
             yield row("gated", name, values, floor, **shape, **how, ratio=round(ratio, 3), aim=aim)
 
 

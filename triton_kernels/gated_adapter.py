@@ -1,6 +1,7 @@
 """gated_adapter on CUDA: the gate epilogue, its backward pass, both products with dy at once, products that skip.
 
-T tokens, D sequences, I inputs, O outputs, E experts, R = E * rank, M memory rank, S columns of h.
+T tokens, D sequences, I inputs, O outputs, E experts, R = E * rank, M memory rank, S columns of h, P rows of a weight
+of which a sequence has chosen N.
 
 The epilogue stands between z = x A^T and the product with B. A program holds a tile of tokens with the columns of all
 experts [tokens, experts, rank], padded to powers of two by masks: gates meet their columns, and the gradient of a gate
@@ -197,101 +198,117 @@ def _gated_products_bwd_kernel(
 
 
 @triton.jit
-def _shrink_active_fwd_kernel(
+def _find_tile(
+    offsets,  # [D + 1]
+    place,
+    D,
+    BLOCK_T: tl.constexpr,
+):
+    """Find the sequence of the tile at `place`, its first token, and where the sequence ends: see `times_chosen`."""
+    count = 0
+    for first in range(0, D, 128):
+        documents = first + tl.arange(0, 128)
+        is_document = documents < D
+        places = tl.load(offsets + documents, is_document, 0) // BLOCK_T + documents
+        count += tl.sum((is_document & (places <= place)).to(tl.int32), 0)
+    document = (count - 1).to(tl.int64)
+    begin = tl.load(offsets + document)
+    token = begin + (place - begin // BLOCK_T - document) * BLOCK_T
+    return document, token, tl.load(offsets + document + 1)
+
+
+@triton.jit
+def _times_chosen_fwd_kernel(
     x,  # [T, I]
-    a,  # [R, I]
-    active,  # [tiles, E], see active_tiles
-    z,  # [T, R]
-    T,
+    weight,  # [P, I]
+    columns,  # [D, N]
+    offsets,  # [D + 1]
+    out,  # [T, N]
+    D,
     I,
+    N,
     stride_x,
-    stride_a,
-    E: tl.constexpr,
-    RANK: tl.constexpr,
+    stride_weight,
     UPCAST: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_I: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    # The experts of a tile beside each other: what one has read of x is in the cache for the next.
+    # The columns of a tile beside each other: what one has read of x is in the cache for the next.
     place = tl.program_id(0).to(tl.int64)
-    listed = tl.load(active + place).to(tl.int64)
-    expert = tl.where(listed < 0, -1 - listed, listed)
-    tokens = (place // E) * BLOCK_T + tl.arange(0, BLOCK_T)  # [BLOCK_T]
-    ranks = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    rows = expert * RANK + ranks  # [BLOCK_R]
-    is_token = tokens < T
-    is_rank = ranks < RANK
-    total = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
-    for first in range(0, tl.where(listed < 0, 0, I), BLOCK_I):
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    document, token, end = _find_tile(offsets, place // blocks_n, D, BLOCK_T)
+    if token >= end:
+        return
+    tokens = token + tl.arange(0, BLOCK_T)  # [BLOCK_T]
+    own = (place % blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    is_token = tokens < end
+    is_own = own < N
+    rows = tl.load(columns + document * N + own, is_own, 0)  # [BLOCK_N]
+    total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+    for first in range(0, I, BLOCK_I):
         cols = first + tl.arange(0, BLOCK_I)
         is_col = cols < I
         x_block = tl.load(
             x + tokens[:, None] * stride_x + cols[None, :], is_token[:, None] & is_col[None, :], 0.0
         )  # [BLOCK_T, BLOCK_I]
-        a_block = tl.load(
-            a + rows[None, :] * stride_a + cols[:, None], is_rank[None, :] & is_col[:, None], 0.0
-        )  # [BLOCK_I, BLOCK_R]
+        w_block = tl.load(
+            weight + rows[None, :] * stride_weight + cols[:, None], is_own[None, :] & is_col[:, None], 0.0
+        )  # [BLOCK_I, BLOCK_N]
         if UPCAST:
             x_block = x_block.to(tl.float32)
-            a_block = a_block.to(tl.float32)
-        total = tl.dot(x_block, a_block, total, input_precision="tf32x3")
-    to = z + tokens[:, None] * (E * RANK) + rows[None, :]
-    tl.store(to, total, is_token[:, None] & is_rank[None, :])
+            w_block = w_block.to(tl.float32)
+        total = tl.dot(x_block, w_block, total, input_precision="tf32x3")
+    tl.store(out + tokens[:, None] * N + own[None, :], total, is_token[:, None] & is_own[None, :])
 
 
 @triton.jit
-def _expand_active_fwd_kernel(
-    y,  # [T, O]
-    h,  # [T, R]
-    b,  # [O, R]
-    active,  # [tiles, E], see active_tiles
-    out,  # [T, O]
+def _add_chosen_fwd_kernel(
+    into,  # [T, O]
+    z,  # [T, N]
+    weight,  # [P, O]
+    columns,  # [D, N]
+    offsets,  # [D + 1]
     scale,
-    T,
+    D,
     O,
-    stride_y,
-    stride_h,
-    stride_b,
-    E: tl.constexpr,
-    RANK: tl.constexpr,
+    N,
+    stride_into,
+    stride_z,
+    stride_weight,
     UPCAST: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_O: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    # The outputs of a tile beside each other: they read the same rows of h.
+    # The outputs of a tile beside each other: they read the same rows of z.
     place = tl.program_id(0).to(tl.int64)
     blocks_o = tl.cdiv(O, BLOCK_O)
-    tile = place // blocks_o
-    tokens = tile * BLOCK_T + tl.arange(0, BLOCK_T)  # [BLOCK_T]
-    rows = (place % blocks_o) * BLOCK_O + tl.arange(0, BLOCK_O)  # [BLOCK_O]
-    is_token = tokens < T
-    is_row = rows < O
-    slots = tl.arange(0, BLOCK_E)
-    listed = tl.load(active + tile * E + slots, slots < E, -1)
-    steps: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
+    document, token, end = _find_tile(offsets, place // blocks_o, D, BLOCK_T)
+    if token >= end:
+        return
+    tokens = token + tl.arange(0, BLOCK_T)  # [BLOCK_T]
+    cols = (place % blocks_o) * BLOCK_O + tl.arange(0, BLOCK_O)  # [BLOCK_O]
+    is_token = tokens < end
+    is_col = cols < O
     total = tl.zeros([BLOCK_T, BLOCK_O], tl.float32)
-    # Active experts come first, so there is nothing to ask on the way.
-    for step in range(0, tl.sum((listed >= 0).to(tl.int32), 0) * steps):
-        expert = tl.load(active + tile * E + step // steps).to(tl.int64)
-        ranks = (step % steps) * BLOCK_R + tl.arange(0, BLOCK_R)
-        is_rank = ranks < RANK
-        cols = expert * RANK + ranks  # [BLOCK_R]
-        h_block = tl.load(
-            h + tokens[:, None] * stride_h + cols[None, :], is_token[:, None] & is_rank[None, :], 0.0
-        )  # [BLOCK_T, BLOCK_R]
-        b_block = tl.load(
-            b + rows[None, :] * stride_b + cols[:, None], is_row[None, :] & is_rank[:, None], 0.0
-        )  # [BLOCK_R, BLOCK_O]
+    for first in range(0, N, BLOCK_N):
+        own = first + tl.arange(0, BLOCK_N)
+        is_own = own < N
+        rows = tl.load(columns + document * N + own, is_own, 0)  # [BLOCK_N]
+        z_block = tl.load(
+            z + tokens[:, None] * stride_z + own[None, :], is_token[:, None] & is_own[None, :], 0.0
+        )  # [BLOCK_T, BLOCK_N]
+        w_block = tl.load(
+            weight + rows[:, None] * stride_weight + cols[None, :], is_own[:, None] & is_col[None, :], 0.0
+        )  # [BLOCK_N, BLOCK_O]
         if UPCAST:
-            h_block = h_block.to(tl.float32)
-            b_block = b_block.to(tl.float32)
-        total = tl.dot(h_block, b_block, total, input_precision="tf32x3")
-    inside = is_token[:, None] & is_row[None, :]
-    before = tl.load(y + tokens[:, None] * stride_y + rows[None, :], inside, 0.0).to(tl.float32)
-    tl.store(out + tokens[:, None] * O + rows[None, :], before + scale * total, inside)
+            z_block = z_block.to(tl.float32)
+            w_block = w_block.to(tl.float32)
+        total = tl.dot(z_block, w_block, total, input_precision="tf32x3")
+    inside = is_token[:, None] & is_col[None, :]
+    to = into + tokens[:, None] * stride_into + cols[None, :]
+    tl.store(to, tl.load(to, inside, 0.0).to(tl.float32) + scale * total, inside)
 
 
 def epilogue_blocks(num_experts: int, rank: int, memory: int) -> dict[str, int]:
@@ -413,79 +430,79 @@ def products(dy: torch.Tensor, b: torch.Tensor, h: torch.Tensor) -> tuple[torch.
     return _sum(dh, dy.dtype), _sum(db, dy.dtype)
 
 
-def active_tiles(values: torch.Tensor, document: torch.Tensor, block_t: int) -> torch.Tensor:
-    """List the experts with a gate that is not 0 in each tile of block_t tokens -> int32 [tiles, E].
-
-    values [D, E], document [T]. A tile's row names its active experts in ascending order and then, as -1 - e, the
-    others: a kernel knows how many there are of either, and every expert has its place.
-    """
-    T, E = document.shape[0], values.shape[1]
-    tiles = triton.cdiv(T, block_t)
-    speaks = torch.zeros(tiles * block_t, E, dtype=torch.bool, device=values.device)
-    speaks[:T] = (values != 0)[document]
-    experts = torch.arange(E, device=values.device)
-    order = torch.where(speaks.view(tiles, block_t, E).any(1), experts, E + experts).sort(1).values
-    return torch.where(order < E, order, E - 1 - order).to(torch.int32)
-
-
-def active_blocks(rank: int, block_t: int, element_size: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Choose the tiles of shrink_active and expand_active: the rank is padded to 16, the least that tl.dot takes.
+def chosen_blocks(num_columns: int, element_size: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Choose the tiles of times_chosen and add_chosen: columns are padded to 16, the least that tl.dot takes.
 
     As large as fits the registers on every machine, where float32 needs more: each product takes three.
     """
-    block_k = 128 // element_size
-    block_r = min(block_k, max(16, triton.next_power_of_2(rank)))
-    both = {"BLOCK_T": block_t, "BLOCK_R": block_r, "num_warps": 4 if block_t < 128 and element_size == 2 else 8}
-    return both | {"BLOCK_I": block_k}, both | {"BLOCK_O": 256 // element_size}
+    widest, depth = 256 // element_size, 128 // element_size
+    padded = max(16, triton.next_power_of_2(num_columns))
+    both = {"BLOCK_T": 64, "num_warps": 4 if element_size == 2 else 8}
+    times = both | {"BLOCK_I": depth, "BLOCK_N": min(widest, padded)}
+    return times, both | {"BLOCK_O": widest, "BLOCK_N": min(depth, padded)}
 
 
-def shrink_active(x: torch.Tensor, a: torch.Tensor, active: torch.Tensor, block_t: int) -> torch.Tensor:
-    """Multiply tiles of tokens by their active experts: x [T, I], a [R, I] -> z [T, R], 0 for the others.
+def times_chosen(x: torch.Tensor, weight: torch.Tensor, columns: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """Multiply each sequence's tokens by its own rows of a weight -> [T, N], in x's type.
 
-    active: of `active_tiles` with the same block_t, a power of 2 and at least 16.
+    x [T, I], weight [P, I], columns [D, N] int64: the rows of weight that sequence d has; offsets [D + 1] int64: its
+    tokens are offsets[d] <= t < offsets[d + 1], from 0 to T.
+
+    A tile has C tokens of one sequence, and the host does not know how many tiles there are. Sequence d has the places
+    from offsets[d] // C + d up to those of d + 1: as many as its tiles or one more, since (a + L) // C - a // C + 1 is
+    at least L / C rounded up. So T // C + D programs are enough, each finds its sequence by counting those that begin
+    at or before its place, and up to D of them find no token and return.
     """
-    x, a = _rows(x), _rows(a)
-    T, I, E = x.shape[0], x.shape[1], active.shape[1]
-    rank = a.shape[0] // E
-    z = torch.empty(T, a.shape[0], dtype=x.dtype, device=x.device)
-    sizes, _ = active_blocks(rank, block_t, x.element_size())
-    if T:
-        _shrink_active_fwd_kernel[(active.numel(), triton.cdiv(rank, sizes["BLOCK_R"]))](
-            *(x, a, active, z, T, I, x.stride(0), a.stride(0)),
-            E=E,
-            RANK=rank,
+    x, weight, columns, offsets = _rows(x), _rows(weight), columns.contiguous(), offsets.contiguous()
+    (T, I), (D, N) = x.shape, columns.shape
+    out = torch.empty(T, N, dtype=x.dtype, device=x.device)
+    sizes, _ = chosen_blocks(N, x.element_size())
+    if out.numel():
+        tiles = T // sizes["BLOCK_T"] + D
+        _times_chosen_fwd_kernel[(tiles * triton.cdiv(N, sizes["BLOCK_N"]),)](
+            *(x, weight, columns, offsets, out, D, I, N, x.stride(0), weight.stride(0)),
             UPCAST=not x.is_cuda,
-            **sizes,
-        )
-    return z
-
-
-def expand_active(
-    y: torch.Tensor, h: torch.Tensor, b: torch.Tensor, active: torch.Tensor, block_t: int, scale: float
-) -> torch.Tensor:
-    """Add scale * h b^T to y, tiles of tokens with their active experts alone -> a new tensor [T, O].
-
-    y [T, O], h [T, R], b [O, R]; columns of h whose expert is not active are not read. active: as in `shrink_active`.
-    """
-    y, h, b = _rows(y), _rows(h), _rows(b)
-    T, O, E = y.shape[0], y.shape[1], active.shape[1]
-    rank = b.shape[1] // E
-    out = torch.empty(T, O, dtype=y.dtype, device=y.device)
-    _, sizes = active_blocks(rank, block_t, h.element_size())
-    if T:
-        _expand_active_fwd_kernel[(active.shape[0] * triton.cdiv(O, sizes["BLOCK_O"]),)](
-            *(y, h, b, active, out, scale, T, O, y.stride(0), h.stride(0), b.stride(0)),
-            E=E,
-            RANK=rank,
-            UPCAST=not y.is_cuda,
-            BLOCK_E=triton.next_power_of_2(E),
             **sizes,
         )
     return out
 
 
+def add_chosen(
+    into: torch.Tensor,
+    z: torch.Tensor,
+    weight: torch.Tensor,
+    columns: torch.Tensor,
+    offsets: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Add scale * z [T, N] times each sequence's own rows of weight [P, O] to `into` [T, O], in place -> `into`.
+
+    In place is what it is for: a base layer's outputs, read and written once. columns, offsets and tiles: as in
+    `times_chosen`.
+    """
+    (T, O), (D, N) = into.shape, columns.shape
+    if min(T, O, N) == 0:
+        return into
+    if into.stride(1) != 1 and O > 1:
+        return into.copy_(add_chosen(into.contiguous(), z, weight, columns, offsets, scale))
+    z, weight, columns, offsets = _rows(z), _rows(weight), columns.contiguous(), offsets.contiguous()
+    _, sizes = chosen_blocks(N, z.element_size())
+    tiles = T // sizes["BLOCK_T"] + D
+    _add_chosen_fwd_kernel[(tiles * triton.cdiv(O, sizes["BLOCK_O"]),)](
+        *(into, z, weight, columns, offsets, scale, D, O, N),
+        *(into.stride(0), z.stride(0), weight.stride(0)),
+        UPCAST=not z.is_cuda,
+        **sizes,
+    )
+    torch.autograd.graph.increment_version(into)  # as torch's own products in place do
+    return into
+
+
 def _rows(matrix: torch.Tensor) -> torch.Tensor:
-    """Kernels take rows at any distance from each other, but the numbers of one beside each other."""
+    """Kernels take rows at any distance from each other, but the numbers of one beside each other.
+
+    A transposed weight is copied for it: small beside the tokens that meet it.
+    """
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 

@@ -1,4 +1,4 @@
-"""The parts of gated_adapter that are not plain products: gates, the epilogue between the two, and products that skip.
+"""The parts of gated_adapter that are not plain products: gates, the epilogue between the two, both products with dy.
 
 Each has its reference here, in torch. Where nobody asks for a backend by name, CUDA takes the epilogue's Triton kernels
 and the vendor's products.

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastsft.ops._gated_parts import Gate
 
 if TYPE_CHECKING:
-    from fastsft.ops.gated_adapter import Sequences
+    from fastsft.ops._gated_chosen import Sequences
 
 
 def check_adapter(x: Tensor, a: Tensor, b: Tensor, num_experts: int, rank: int, num_frozen: int) -> None:

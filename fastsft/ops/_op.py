@@ -106,6 +106,11 @@ def backend(name: str) -> Iterator[None]:
         _asked = before
 
 
+def is_asked_for(name: str) -> bool:
+    """Say whether `backend(name)` is in force: whoever shapes a computation for a kernel by name must know."""
+    return _asked == name
+
+
 @cache
 def _warn_once(sentence: str) -> None:
     warnings.warn(sentence, RuntimeWarning, stacklevel=2)

@@ -14,51 +14,25 @@ that read the same input, or one router, take the stages: `shrink`, `pool`, `gat
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fastsft.ops import _gated_rules as rules
+from fastsft.ops._gated_chosen import (
+    Chosen,
+    Sequences,
+    add_chosen,
+    choose,
+    may_skip,
+    outer_chosen,
+    times_chosen,
+)
 from fastsft.ops._gated_parts import Epilogue, Gate, epilogue, epilogue_backward, gate_gradient, gate_values, products
 from fastsft.ops._influence_tokens import segment_sum
-
-# sequences shorter than this are too small for products of their own
-SKIP_LENGTH = 32
-
-
-class Sequences(NamedTuple):
-    """Which tokens of a batch are one sequence, and which of them are its prompt. Sequences lie beside each other.
-
-    offsets [D + 1]: sequence d is the tokens offsets[d] <= t < offsets[d + 1]; all T are covered. document [T]: the
-    sequence of each token. prompt [T] bool: the tokens that gates look at; num_prompt [D]: how many, at
-    least 1.
-    length: that of every sequence where they are alike, else None.
-    """
-
-    offsets: Tensor
-    document: Tensor
-    prompt: Tensor
-    num_prompt: Tensor
-    length: int | None = None
-
-    @classmethod
-    def of_rows(cls, prompt: Tensor) -> Sequences:
-        """Every row of a batch is a sequence: prompt [B, L] bool says which of its tokens are the prompt's."""
-        rows, length = prompt.shape
-        offsets = torch.arange(rows + 1, device=prompt.device) * length
-        document = torch.arange(rows, device=prompt.device).repeat_interleave(length)
-        return cls(offsets, document, prompt.flatten(), prompt.sum(1).clamp_min(1), length)
-
-    @classmethod
-    def packed(cls, offsets: Tensor, prompt: Tensor) -> Sequences:
-        """Sequences of any lengths packed one after another: offsets [D + 1] from 0 to T, prompt [T] bool."""
-        lengths = offsets.diff()
-        document = torch.arange(len(lengths), device=offsets.device).repeat_interleave(lengths, output_size=len(prompt))
-        count = torch.zeros_like(lengths).index_add_(0, document, prompt.to(lengths.dtype))
-        return cls(offsets, document, prompt, count.clamp_min(1))
+from fastsft.ops._op import is_asked_for
 
 
 def gated_adapter(
@@ -142,47 +116,6 @@ def gated_adapter(
 
 
 # the stages
-
-
-class Chosen(NamedTuple):
-    """The experts that speak in each sequence, the others' gates being 0: products are formed with them alone.
-
-    experts [D, k]; columns [D, k * rank + M], the rows of A (and columns of B) that sequence d uses. `sequences` is
-    None where all tokens use the same.
-    """
-
-    experts: Tensor
-    columns: Tensor
-    sequences: Sequences | None
-
-
-def may_skip(gate: str, top_k: int, num_experts: int, sequences: Sequences | None, T: int, skip: bool | None) -> bool:
-    """Whether products with chosen experts alone are worth it: those of at most half, over sequences long enough."""
-    if gate not in ("topk", "one_hot") or torch.compiler.is_compiling():
-        return False
-    if skip is not None:
-        return skip
-    if 2 * (1 if gate == "one_hot" else top_k) > num_experts:
-        return False
-    if sequences is None:
-        return True
-    count = len(sequences.offsets) - 1
-    # sequences of many lengths go one by one, which a GPU would wait for
-    alike = sequences.length is not None or sequences.offsets.device.type == "cpu"
-    return alike and count > 0 and T >= count * SKIP_LENGTH
-
-
-def choose(
-    g: Tensor, gate: str, top_k: int, rank: int, memory: int, sequences: Sequences | None, T: int, skip: bool | None
-) -> Chosen | None:
-    """Name the experts that speak in each sequence, or None where all products are to be formed: gates g [D, E]."""
-    E = g.shape[1]
-    if not may_skip(gate, top_k, E, None if len(g) == 1 else sequences, T, skip):
-        return None
-    experts = g.detach().topk(1 if gate == "one_hot" else top_k, dim=1).indices.sort(1).values  # [D, k]
-    rows = experts[:, :, None] * rank + torch.arange(rank, device=g.device)
-    always = torch.arange(E * rank, E * rank + memory, device=g.device).expand(len(g), memory)
-    return Chosen(experts, torch.cat([rows.flatten(1), always], 1), None if len(g) == 1 else sequences)
 
 
 def shrink(
@@ -271,55 +204,6 @@ def _rounded(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(device))
 
 
-def _spans(chosen: Chosen, T: int) -> list[tuple[int, int, Tensor]]:
-    """Where each sequence begins and ends, and its columns."""
-    if chosen.sequences is None:
-        return [(0, T, chosen.columns[0])]
-    spans = pairwise(chosen.sequences.offsets.tolist())
-    return [(begin, end, columns) for (begin, end), columns in zip(spans, chosen.columns)]
-
-
-def _rows(weight: Tensor, columns: Tensor) -> Tensor:
-    """Take rows of weight [P, I]: [n] or [D, n] -> [n, I] or [D, n, I]."""
-    if weight.is_contiguous():
-        return weight[columns]
-    # a transposed one is read along its own memory: 0.5 ms against 2.4 ms, 8 times 128 rows of 1024
-    return weight.T.index_select(1, columns.flatten()).unflatten(1, columns.shape).movedim(0, -1)
-
-
-def _times_chosen(x: Tensor, weight: Tensor, chosen: Chosen) -> Tensor:
-    """Multiply each sequence's tokens x [T, I] by its rows of weight [P, I] -> [T, n]."""
-    length = None if chosen.sequences is None else chosen.sequences.length
-    if length is not None:
-        rows = x.unflatten(0, (len(chosen.columns), length))
-        return torch.bmm(rows, _rows(weight, chosen.columns).mT).flatten(0, 1)
-    out = x.new_empty(len(x), chosen.columns.shape[1])
-    for begin, end, columns in _spans(chosen, len(x)):
-        torch.mm(x[begin:end], _rows(weight, columns).T, out=out[begin:end])
-    return out
-
-
-def _add_chosen(into: Tensor, z: Tensor, weight: Tensor, chosen: Chosen, scale: float = 1.0) -> Tensor:
-    """Add scale * z [T, n] times each sequence's rows of weight [P, O] to `into` [T, O], in place."""
-    length = None if chosen.sequences is None else chosen.sequences.length
-    if length is not None:
-        count = len(chosen.columns)
-        rows = into.view(count, length, into.shape[1])
-        rows.baddbmm_(z.unflatten(0, (count, length)), _rows(weight, chosen.columns), alpha=scale)
-        return into
-    for begin, end, columns in _spans(chosen, len(into)):
-        into[begin:end].addmm_(z[begin:end], _rows(weight, columns), alpha=scale)
-    return into
-
-
-def _outer_chosen(z: Tensor, x: Tensor, num_rows: int, chosen: Chosen) -> Tensor:
-    """Sum over each sequence's tokens of z_t x_t^T [n, I], added at its rows -> [P, I]. In a fixed order."""
-    total = x.new_zeros(num_rows, x.shape[1])
-    for begin, end, columns in _spans(chosen, len(x)):
-        total.index_add_(0, columns, z[begin:end].T @ x[begin:end])
-    return total
-
-
 class _Shrink(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -338,7 +222,7 @@ class _Shrink(torch.autograd.Function):
             if chosen is None:
                 pieces = (flat @ a.T).split(splits, 1)
             else:
-                pieces = tuple(_times_chosen(flat, part, chosen) for part in a.split(splits))
+                pieces = tuple(times_chosen(flat, part, chosen) for part in a.split(splits))
         out = x.view_as(x) if rounded is x else rounded
         ctx.save_for_backward(out, a)
         ctx.set_materialize_grads(False)
@@ -370,10 +254,10 @@ class _Shrink(torch.autograd.Function):
             else:
                 out = dx.reshape(flat.shape) if ctx.owned else dx.reshape(flat.shape).clone()
             for dz, part in zip(full, parts):
-                _add_chosen(out, dz, part, chosen)
+                add_chosen(out, dz, part, chosen)
             dx = out.view(x.shape)
         if ctx.needs_input_grad[1]:
-            da = torch.cat([_outer_chosen(dz, flat, len(part), chosen) for dz, part in zip(full, parts)])
+            da = torch.cat([outer_chosen(dz, flat, len(part), chosen) for dz, part in zip(full, parts)])
             for begin, end in ctx.frozen:
                 da[begin:end] = 0
         return dx, da, None, None, None, None
@@ -418,6 +302,9 @@ class _Pool(torch.autograd.Function):
 def _sum_by_sequence(values: Tensor, sequences: Sequences) -> Tensor:
     if sequences.length is not None:
         return values.unflatten(0, (len(sequences.num_prompt), sequences.length)).sum(1)
+    if is_asked_for("triton"):
+        # segment_sum's kernel is CUDA's: who asks for Triton's gets torch's sum, as of the other plain products
+        return torch.segment_reduce(values, "sum", offsets=sequences.offsets, axis=0, unsafe=True, initial=0)
     return segment_sum(values, sequences.offsets)
 
 
@@ -484,9 +371,9 @@ class _Expand(torch.autograd.Function):
                 dh, part = products(flat, weight, h[:, ctx.frozen :])
                 db = part if ctx.frozen == 0 else torch.cat([part.new_zeros(len(part), ctx.frozen), part], 1)
         else:
-            dh = _times_chosen(flat, weight.T, chosen)
+            dh = times_chosen(flat, weight.T, chosen)
             if h is not None:
-                db = _outer_chosen(h, flat, b.shape[1], chosen).T
+                db = outer_chosen(h, flat, b.shape[1], chosen).T
                 db[:, : ctx.frozen] = 0
         dz, dg = epilogue_backward(job, dh, ctx.width)
         if ctx.gate is None:
@@ -511,7 +398,7 @@ def _add_expanded(y: Tensor, h: Tensor, weight: Tensor, chosen: Chosen | None, s
     if chosen is None:
         into.addmm_(h, weight.T, alpha=scale)
     else:
-        _add_chosen(into, h, weight.T, chosen, scale)
+        add_chosen(into, h, weight.T, chosen, scale)
     if into is not flat:
         flat += into
     return flat.view(y.shape).detach()

@@ -3,11 +3,17 @@
 float32 only: the interpreter takes bfloat16 for the integers that hold it.
 """
 
+import sys
+from dataclasses import replace
+
 import pytest
 import torch
 from fastsft.triton_kernels import gated_adapter as kernels
 
+from fastsft import ops
+from fastsft.ops import _gated_chosen as chosen_products
 from fastsft.ops import _gated_parts as parts
+from fastsft.ops._gated_chosen import Chosen, Sequences, _add_reference, _times_reference
 
 # Sums of up to 1500 products of float32, in another order than the truth's in float64: 1500 * 2^-24 of their size.
 NEAR = {"rtol": 1e-5, "atol": 1e-4, "check_dtype": False}
@@ -88,10 +94,6 @@ def test_no_tokens():
     dh, db = kernels.products(torch.randn(0, 5), torch.randn(5, 3), torch.randn(0, 2))
     assert dh.shape == (0, 3)
     assert torch.equal(db, torch.zeros(5, 2))
-    active = kernels.active_tiles(gates, document, 16)
-    assert active.shape == (0, 3)
-    assert kernels.shrink_active(z, torch.randn(6, 8), active, 16).shape == (0, 6)
-    assert kernels.expand_active(z, torch.randn(0, 6), torch.randn(8, 6), active, 16, 2.0).shape == (0, 8)
 
 
 def test_memory_without_experts_passes():
@@ -126,38 +128,119 @@ def test_parts_of_products_move_less_than_dy():
                 assert stretch % sizes["BLOCK_O"] == 0
 
 
-def test_active_experts_come_first():
-    gates = torch.tensor([[0.5, 0, 0, 0.5], [0, 0, 0.1, 0], [0, 0, 0, 0]])
-    document = torch.tensor([0] * 4 + [1] * 3 + [2] * 2)
-    assert kernels.active_tiles(gates, document, 4).tolist() == [[0, 3, -2, -3], [2, -1, -2, -4], [-1, -2, -3, -4]]
+def choosing(lengths, num_rows, num_columns):
+    """Sequences of these lengths that each have some of the rows of a weight, in an order of their own."""
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    columns = torch.stack([torch.randperm(num_rows)[:num_columns] for _ in lengths])
+    sequences = Sequences.packed(offsets, torch.ones(offsets[-1], dtype=torch.bool))
+    return Chosen(torch.zeros(len(lengths), 0), columns, sequences)
 
 
-@pytest.mark.parametrize(("experts", "rank"), [(1, 16), (3, 3), (3, 70), (8, 16)])
-def test_products_with_active_experts_equal_those_of_all(experts, rank):
-    # sequences shorter and longer than a tile, and a tail
-    document = torch.arange(4).repeat_interleave(torch.tensor([3, 40, 0, 12]))
-    gates = torch.rand(4, experts) * (torch.rand(4, experts).argsort(1) < 2)
-    gates[3] = 0
-    active = kernels.active_tiles(gates, document, 16)
-    speaks = (gates != 0)[document].repeat_interleave(rank, 1)  # [T, R]
-    x, a, b = strided(55, 19), strided(experts * rank, 19), strided(150, experts * rank)
-    y = strided(55, 150)
-    z = kernels.shrink_active(x, a, active, 16)
-    dense = x.double() @ a.double().T
-    torch.testing.assert_close(torch.where(speaks, z, 0), torch.where(speaks, dense, 0), **NEAR)
-    for tile, listed in enumerate(active.tolist()):
-        others = [expert for expert in range(experts) if expert not in listed]
-        assert not z.unflatten(1, (experts, rank))[16 * tile : 16 * tile + 16, others].any()
-    h, before = torch.where(speaks, z, 0), y.clone()
-    out = kernels.expand_active(y, h, b, active, 16, 0.5)
-    torch.testing.assert_close(out, before.double() + 0.5 * h.double() @ b.double().T, **NEAR)
-    assert torch.equal(y, before)
+# lengths; rows of the weight, of which so many a sequence; numbers of a row: tails and empty sequences everywhere,
+# lengths that fill their tiles, columns and numbers that do not fill 16 or take several tiles, more sequences than 128
+CHOSEN = [
+    ((3, 70, 0, 64, 130), 40, 19, 45),
+    ((0, 0, 5, 0), 3, 3, 1),
+    ((64, 128), 16, 16, 64),
+    ((63, 1, 65), 150, 101, 9),
+    ((1,), 1, 1, 70),
+    ((1, 0) * 70 + (66,), 6, 2, 5),
+]
 
 
-def test_columns_of_inactive_experts_are_not_read():
-    gates, document = torch.tensor([[1.0, 0.0]]), torch.zeros(20, dtype=torch.int64)
-    active = kernels.active_tiles(gates, document, 16)
-    h, b, y = torch.randn(20, 6), torch.randn(4, 6), torch.randn(20, 4)
-    h[:, 3:] = torch.nan
-    out = kernels.expand_active(y, h, b, active, 16, 1.0)
-    torch.testing.assert_close(out, y + h[:, :3] @ b[:, :3].T)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("lengths", "num_rows", "num_columns", "size"), CHOSEN)
+def test_products_with_chosen_rows_equal_the_loop(lengths, num_rows, num_columns, size, transposed):
+    T, chosen = sum(lengths), choosing(lengths, num_rows, num_columns)
+    where = chosen.columns, chosen.sequences.offsets
+    weight = strided(size, num_rows).T if transposed else strided(num_rows, size)
+    x, z, into = strided(T, size), strided(T, num_columns), strided(T, size)
+    kept = [(tensor, tensor.clone()) for tensor in (x, z, weight, *where)]
+    found = kernels.times_chosen(x, weight, *where)
+    torch.testing.assert_close(found, _times_reference(x.double(), weight.double(), chosen), **NEAR)
+    truth = _add_reference(into.double(), z.double(), weight.double(), chosen, 0.5)
+    again, version = into.clone(), into._version
+    assert kernels.add_chosen(into, z, weight, *where, 0.5) is into
+    torch.testing.assert_close(into, truth, **NEAR)
+    assert into._version > version  # autograd knows
+    # in any layout the same bits
+    across = again.T.contiguous().T
+    assert torch.equal(kernels.add_chosen(across, z.T.contiguous().T, weight.contiguous(), *where, 0.5), into)
+    assert torch.equal(kernels.times_chosen(x.T.contiguous().T, weight.contiguous(), *where), found)
+    assert all(torch.equal(now, then) for now, then in kept)
+
+
+def test_rows_that_no_sequence_has_and_numbers_beside_a_matrix_are_not_touched():
+    chosen = choosing((40, 0, 30), 9, 4)
+    where = chosen.columns, chosen.sequences.offsets
+    weight, x, z, beside = torch.randn(20, 5), torch.randn(70, 5), torch.randn(70, 4), torch.zeros(72, 8)
+    weight[9:] = torch.nan
+    assert kernels.times_chosen(x, weight, *where).isfinite().all()
+    kernels.add_chosen(beside[1:71, 2:7], z, weight, *where, 1.0)
+    assert beside[1:71, 2:7].all()
+    beside[1:71, 2:7] = 0
+    assert not beside.any()
+
+
+@pytest.mark.parametrize("lengths", [(), (0,), (0, 0)])
+def test_chosen_rows_of_no_tokens(lengths):
+    columns, offsets = torch.zeros(len(lengths), 3, dtype=torch.int64), torch.zeros(len(lengths) + 1, dtype=torch.int64)
+    assert kernels.times_chosen(torch.randn(0, 5), torch.randn(4, 5), columns, offsets).shape == (0, 3)
+    into = torch.randn(0, 5)
+    assert kernels.add_chosen(into, torch.randn(0, 3), torch.randn(4, 5), columns, offsets, 1.0) is into
+
+
+def test_no_chosen_rows_and_no_numbers():
+    columns, offsets = torch.zeros(2, 0, dtype=torch.int64), torch.tensor([0, 3, 5])
+    assert kernels.times_chosen(torch.randn(5, 4), torch.randn(6, 4), columns, offsets).shape == (5, 0)
+    into = torch.randn(5, 4)
+    before = into.clone()
+    assert torch.equal(kernels.add_chosen(into, torch.randn(5, 0), torch.randn(6, 4), columns, offsets, 1.0), before)
+    one = columns.new_zeros(2, 1)
+    assert not kernels.times_chosen(torch.randn(5, 0), torch.randn(6, 0), one, offsets).any()
+    # one number a row, as far apart as it likes
+    into = torch.zeros(1, 5).T
+    assert kernels.add_chosen(into, torch.ones(5, 1), torch.ones(6, 1), one, offsets, 1.0).all()
+
+
+@pytest.mark.parametrize(("gate", "per"), [("topk", "sequence"), ("topk", "task"), ("one_hot", "task")])
+def test_gated_adapter_with_these_kernels_equals_all_products(gate, per, monkeypatch):
+    """Both passes as a GPU takes them where kernels are asked for by name."""
+    lengths, experts, rank, memory = (40, 0, 70, 33), 5, 4, 3
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    sequences = Sequences.packed(offsets, torch.rand(offsets[-1]) < 0.5)
+    x, a = strided(sum(lengths), 9), torch.randn(experts * rank + memory + (experts if per == "sequence" else 0), 9)
+    base, b = torch.nn.Linear(9, 11), torch.randn(11, experts * rank + memory)
+    table = torch.randn(6, experts) if (gate, per) == ("topk", "task") else None
+    told = {"gate": gate, "per": per, "base": base, "sequences": sequences, "table": table, "scale": 0.5}
+    told |= {"task": torch.tensor([3, 1, 4, 1]) if per == "task" else None, "num_frozen": 1}
+    leaves = [leaf.requires_grad_() for leaf in (x, a, b)]
+    dy = torch.randn(sum(lengths), 11)
+
+    def run(skip):
+        y = ops.gated_adapter(x, a, b, num_experts=experts, rank=rank, skip=skip, **told)
+        return [y, *torch.autograd.grad(y, [*leaves, *base.parameters()], dy)]
+
+    expected, called = run(skip=False), []
+
+    def interpreted(found, name):
+        def kernel(*args):
+            called.append(name)
+            return found.run(*args)
+
+        return [replace(found, device="cpu", why_absent=lambda: None, run=kernel)]
+
+    for op in (parts._FORWARD, parts._BACKWARD, chosen_products._TIMES, chosen_products._ADD):
+        monkeypatch.setattr(op, "implementations", interpreted(*op.implementations, op.name))
+
+    def outer(z, x, num_rows, chosen):
+        return chosen_products._outer_dense(z, x, num_rows, chosen.columns, chosen.sequences.document)
+
+    monkeypatch.setattr(sys.modules["fastsft.ops.gated_adapter"], "outer_chosen", outer)
+    with ops.backend("triton"):
+        actual = run(skip=None)
+    for found, truth in zip(actual, expected, strict=True):
+        torch.testing.assert_close(found, truth, **NEAR)
+    forward, backward = ["gated_times_chosen", "gated_epilogue", "gated_add_chosen"], ["gated_epilogue"]
+    backward += ["gated_times_chosen", "gated_epilogue_backward", "gated_add_chosen"]
+    assert called == forward + backward

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from fastsft import ops
-from fastsft.ops.gated_adapter import expand, gates, pool, shrink
+from fastsft.ops import _gated_chosen
+from fastsft.ops.gated_adapter import Chosen, expand, gates, may_skip, pool, shrink
 
 # T tokens, D sequences, I inputs, O outputs, E experts, R = E * rank, M memory rank, N tasks
 
@@ -312,6 +313,60 @@ def test_stages_shared_by_layers_equal_layers_of_their_own(device):
     assert_equal_within(actual, expected)
 
 
+def test_packed_logits_are_pooled_alike_where_kernels_are_asked_for_by_name(device):
+    problem = Problem("topk", "sequence", device=device)
+    logits = torch.randn(7, 3, device=device, requires_grad=True)
+    expected = pool(logits, problem.sequences)
+    with ops.backend("triton"):
+        found = pool(logits, problem.sequences)
+    torch.testing.assert_close(found, expected)
+    (slope_found,), (slope_expected,) = (torch.autograd.grad(each, logits, slope(each)) for each in (found, expected))
+    assert torch.equal(slope_found, slope_expected)
+
+
+@pytest.mark.parametrize("lengths", [(4, 0, 3, 1), (0, 0), ()], ids=str)
+def test_one_product_with_zeros_between_equals_a_sum_over_sequences(lengths, device):
+    P, n, T = 7, 3, sum(lengths)
+    columns = torch.rand(len(lengths), P, device=device).argsort(1)[:, :n]
+    offsets = torch.tensor([0, *lengths], device=device).cumsum(0)
+    sequences = ops.Sequences.packed(offsets, torch.ones(T, dtype=torch.bool, device=device))
+    z, x = (torch.randn(T, size, dtype=torch.float64, device=device) for size in (n, 5))
+    expected = x.new_zeros(P, 5)
+    for t in range(T):
+        for row, number in zip(columns[sequences.document[t]], z[t]):
+            expected[row] += number * x[t]
+    dense = _gated_chosen._outer_dense(z, x, P, columns, sequences.document)
+    summed = _gated_chosen.outer_chosen(z, x, P, Chosen(columns, columns, sequences))
+    torch.testing.assert_close(dense, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(summed, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_gpu_does_not_wait_for_where_packed_sequences_begin():
+    # tensors without numbers, which cannot be asked for
+    with torch.device("meta"):
+        offsets, document, columns = (torch.zeros(*shape, dtype=torch.int64) for shape in ((3,), (7,), (2, 3)))
+        sequences = ops.Sequences(offsets, document, document > 0, offsets[1:])
+        z, x = torch.zeros(7, 3), torch.zeros(7, 5)
+    assert _gated_chosen.outer_chosen(z, x, 9, Chosen(columns, columns, sequences)).shape == (9, 5)
+
+
+@pytest.mark.parametrize(("gate", "per"), SPARSE)
+def test_kernels_asked_for_by_name_are_as_near_to_the_truth_as_the_loop_is(gate, per, device):
+    if device.type != "cuda":
+        pytest.skip("these kernels need a GPU: test_gated_adapter_triton.py runs them without one")
+    sizes = {"lengths": (70, 0, 41, 200), "inputs": 48, "outputs": 200, "experts": 4, "rank": 4, "device": device}
+    problem = Problem(gate, per, dtype=torch.bfloat16, **sizes)
+    with ops.backend("triton"):
+        actual = outputs_and_gradients(problem, problem.run())
+    rough = outputs_and_gradients(problem, problem.loop())
+    for leaf in problem.leaves.values():
+        leaf.data = leaf.data.double()
+    exact = outputs_and_gradients(problem, problem.loop())
+    for name, truth in exact.items():
+        error, allowed = ((found[name].double() - truth).norm() for found in (actual, rough))
+        assert error <= 2 * allowed + 1e-6 * truth.norm(), name
+
+
 # keeps a law
 
 
@@ -387,6 +442,24 @@ def test_skipping_is_chosen_where_it_pays_and_gives_the_same(gate, per, rows, de
     by_length = rows or device.type == "cpu"
     assert_equal_within(outputs_and_gradients(problem, problem.run()), expected)
     assert (dense in formed) != by_length
+
+
+@pytest.mark.parametrize("where", ["cpu", "cuda", "meta"])
+def test_a_gpu_skips_in_packed_sequences_only_where_kernels_are_asked_for(where):
+    def found(sequences):
+        return may_skip("topk", 2, 4, sequences, 100, None)
+
+    # no device is needed: nothing but its name is looked at
+    with torch._subclasses.FakeTensorMode():
+        offsets, prompt = torch.tensor([0, 40, 100], device=where), torch.ones(100, dtype=torch.bool, device=where)
+        packed, rows = ops.Sequences(offsets, prompt, prompt, offsets), ops.Sequences.of_rows(prompt.view(2, 50))
+    assert found(packed) == (where == "cpu")
+    assert found(rows)
+    for backend in ops._op.BACKENDS:
+        with ops.backend(backend):
+            assert found(packed) == (where == "cpu" or (where == "cuda" and backend == "triton"))
+            assert found(rows)
+    assert found(packed) == (where == "cpu")
 
 
 def test_an_int8_base_is_adapted_without_being_known(device):

@@ -6,13 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 kernels = pytest.importorskip(
     "fastsft.triton_kernels.gated_adapter", reason="fastsft is not installed: pip install -e .", exc_type=ImportError
 )
 
-OTHERS = {"gates": "*fp32", "values": "*fp32", "dgates": "*fp32", "document": "*i64", "active": "*i32", "scale": "fp32"}
+OTHERS = {"gates": "*fp32", "values": "*fp32", "dgates": "*fp32", "scale": "fp32"}
+OTHERS |= {"document": "*i64", "columns": "*i64", "offsets": "*i64"}
 
 
 def test_logic_in_the_interpreter():
@@ -93,11 +95,32 @@ def test_products_compile_ahead_of_time(capability, data):
     for rank in (16, kernels.MOST_RANK):
         sizes, _ = kernels.products_blocks(8192, 4096, rank, size)
         compile_for(capability, kernels._gated_products_bwd_kernel, data, sizes | {"UPCAST": False})
-    for rank, block_t in ((8, 64), (64, 128)):
-        constants = {"E": 8, "RANK": rank, "UPCAST": False}
-        shrink, expand = kernels.active_blocks(rank, block_t, size)
-        compile_for(capability, kernels._shrink_active_fwd_kernel, data, constants | shrink)
-        compile_for(capability, kernels._expand_active_fwd_kernel, data, constants | expand | {"BLOCK_E": 8})
+    for num_columns in (2 * 8 + 3, 128):
+        times, add = kernels.chosen_blocks(num_columns, size)
+        compile_for(capability, kernels._times_chosen_fwd_kernel, data, times | {"UPCAST": False})
+        compile_for(capability, kernels._add_chosen_fwd_kernel, data, add | {"UPCAST": False})
+
+
+def test_products_with_chosen_rows_are_launched_without_a_look_at_their_numbers(monkeypatch):
+    launched = {}
+
+    class Kernel:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            launched[self.name] = grid
+            return lambda *args, **sizes: None
+
+    for name in ("_times_chosen_fwd_kernel", "_add_chosen_fwd_kernel"):
+        monkeypatch.setattr(kernels, name, Kernel(name))
+    with torch.device("meta"):  # tensors without numbers, which cannot be asked for
+        x, weight, z = torch.zeros(200, 70), torch.zeros(70, 40).T, torch.zeros(200, 19)
+        columns, offsets = torch.zeros(5, 19, dtype=torch.int64), torch.zeros(6, dtype=torch.int64)
+    assert kernels.times_chosen(x, weight, columns, offsets).shape == (200, 19)
+    assert kernels.add_chosen(x, z, weight, columns, offsets, 0.5) is x
+    # 3 whole tiles of 64 tokens and one more for each of 5 sequences; 70 numbers of float32 are two blocks
+    assert launched == {"_times_chosen_fwd_kernel": (8,), "_add_chosen_fwd_kernel": (16,)}
 
 
 def test_a_side_of_one_compiles():
@@ -110,9 +133,8 @@ def test_a_side_of_one_compiles():
     one = {"UPCAST": False, "T": 1, "O": 1}
     sides = {"R": 1, "S": 1, "stride_dy": 1, "stride_b": 1, "stride_h": 1}
     compile_for(90, kernels._gated_products_bwd_kernel, "fp32", sizes | one | sides, aligned=False)
-    shrink, expand = kernels.active_blocks(1, 16, 4)
-    experts = {"E": 1, "RANK": 1}
-    ends = {"UPCAST": False, "T": 1, "I": 1, "stride_x": 1, "stride_a": 1}
-    compile_for(90, kernels._shrink_active_fwd_kernel, "fp32", shrink | experts | ends, aligned=False)
-    ends = one | {"stride_y": 1, "stride_h": 1, "stride_b": 1, "BLOCK_E": 1}
-    compile_for(90, kernels._expand_active_fwd_kernel, "fp32", expand | experts | ends, aligned=False)
+    times, add = kernels.chosen_blocks(1, 4)
+    ends = {"UPCAST": False, "D": 1, "N": 1, "stride_weight": 1}
+    of_x, of_z = {"I": 1, "stride_x": 1}, {"O": 1, "stride_z": 1, "stride_into": 1}
+    compile_for(90, kernels._times_chosen_fwd_kernel, "fp32", times | ends | of_x, aligned=False)
+    compile_for(90, kernels._add_chosen_fwd_kernel, "fp32", add | ends | of_z, aligned=False)

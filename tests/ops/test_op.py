@@ -76,8 +76,11 @@ def test_by_name_alone_runs_where_it_is_asked_for_and_is_not_missed_elsewhere(ma
 def test_asking_ends_with_the_block(make_op):
     with ops.backend("cpp"), ops.backend("reference"):
         assert run(make_op(), torch.ones(1)) == "reference"
+        assert _op.is_asked_for("reference")
+        assert not _op.is_asked_for("cpp")
     assert run(make_op(why_absent=None), torch.ones(1)) == "cpp"
     assert _op._asked is None
+    assert not any(_op.is_asked_for(name) for name in _op.BACKENDS)
 
 
 def test_unknown_backend_is_a_sentence():
