@@ -17,7 +17,7 @@ from benchmarks import aims, harness, memory, table
 from benchmarks.rivals import environments, estimator_race, score
 from benchmarks.rivals import run as rivals
 from benchmarks.rivals.scores import _base as scores
-from benchmarks.system import in_run, index_build, index_case
+from benchmarks.system import gated_step, in_run, index_build, index_case
 from fastsft.attribution.methods import Checkpoint
 from fastsft.attribution.methods._checkpoints import trainable
 
@@ -36,6 +36,25 @@ def test_the_benchmark_of_a_step_runs_small(tmp_path: Path, monkeypatch: pytest.
         assert all(row["median_ms"] > 0 for row in mine.values())
         assert {"bare hooks", "per-sample gradients materialised"} < set(mine)
         assert any(name.startswith("refresh") and row["amortised"] > 0 for name, row in mine.items())
+
+
+def test_the_benchmark_of_gated_steps_runs_small() -> None:
+    rows = gated_step.race(hidden=64, layers=1, batch_size=2, length=16, vocabulary=32, repeats=2)
+    mine = {row["provider"]: row for row in rows}
+    assert mine["one LoRA"]["ratio"] == 1.0
+    assert set(gated_step.KINDS) < set(mine)
+    assert all(row["saved_bytes"] > 0 and row["median_ms"] > 0 for row in rows)
+
+
+def test_tables_of_gated_adapters_say_what_their_rows_say() -> None:
+    rows = [json.loads(line) for line in (RESULTS / "ops_gated_adapter_cpu.jsonl").read_text().splitlines()]
+    ours = next(row for row in rows if row["provider"] == "stacked function" and row["mode"] == "forward+backward")
+    found = table.gated_table(RESULTS)
+    assert f"| {ours['shape']} | stacked function |" in found
+    assert f"{ours['ratio_to_reference']:.2f} ({ours['ratio_to_flops']:.2f})" in found
+    arms = {json.loads(line)["arm"] for line in (RESULTS / "forgetting.jsonl").read_text().splitlines()}
+    forgotten = table.forgetting_table(RESULTS)
+    assert all(f"| letters | {arm} |" in forgotten for arm in arms)
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.jsonl")), ids=lambda path: path.name)
