@@ -1,12 +1,9 @@
 """triton_kernels/gated_adapter.py without a GPU: logic in the interpreter, code by compiling for three machines."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+
+from tests.ops._interpreter import assert_passes_in_the_interpreter
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 kernels = pytest.importorskip(
@@ -18,17 +15,7 @@ OTHERS |= {"document": "*i64", "columns": "*i64", "offsets": "*i64"}
 
 
 def test_logic_in_the_interpreter():
-    # In a process of its own: TRITON_INTERPRET is read where a kernel is defined, and would stay for later tests.
-    file = Path(__file__).parent / "interpret_gated_adapter.py"
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "passed" in result.stdout
-    assert "skipped" not in result.stdout
+    assert_passes_in_the_interpreter("interpret_gated_adapter.py")
 
 
 def compile_for(capability, kernel, data, constants, aligned=True):

@@ -1,11 +1,8 @@
 """triton_kernels/influence_dot.py without a GPU: logic in the interpreter, code by compiling for three machines."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+
+from tests.ops._interpreter import assert_passes_in_the_interpreter
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 kernels = pytest.importorskip(
@@ -17,16 +14,7 @@ TOKENS = {"BLOCK_T": 64}
 
 
 def test_logic_in_the_interpreter():
-    # In a process of its own: TRITON_INTERPRET is read where a kernel is defined, and would stay for later tests.
-    file = Path(__file__).parent / "interpret_influence_dot.py"
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "6 passed" in result.stdout
+    assert_passes_in_the_interpreter("interpret_influence_dot.py")
 
 
 def compile_for(capability, kernel, signature_of_data, constants):

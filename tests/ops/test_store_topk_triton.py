@@ -1,11 +1,8 @@
 """triton_kernels/store_topk.py without a GPU: logic in the interpreter, code by compiling for three machines."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+
+from tests.ops._interpreter import assert_passes_in_the_interpreter
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 kernels = pytest.importorskip(
@@ -25,17 +22,7 @@ SIZES = {"Q": "i32", "k": "i32", "C": "i32", "W": "i32", "stride": "i32", "size"
 
 
 def test_logic_in_the_interpreter():
-    # In a process of its own: TRITON_INTERPRET is read where a kernel is defined, and would stay for later tests.
-    file = Path(__file__).parent / "interpret_store_topk.py"
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "passed" in result.stdout
-    assert "skipped" not in result.stdout
+    assert_passes_in_the_interpreter("interpret_store_topk.py")
 
 
 def compile_for(capability, kernel, pointers, constants, **options):
