@@ -80,10 +80,18 @@ def intervals(run):
     return [event for event in events if event["event"] == "interval"], events
 
 
-def test_the_books_split_by_expert_and_balance(tmp_path):
-    model, gated = small()
+@pytest.mark.parametrize(
+    ("granularity", "settings"),
+    [
+        ("sequence", {}),
+        ("sequence", {"activation_checkpointing": True}),
+        ("token", {"activation_checkpointing": True, "gradient_accumulation_steps": 2}),
+    ],
+)
+def test_the_books_split_by_expert_and_balance(tmp_path, granularity, settings):
+    model, gated = small(granularity)
     gated.freeze_expert("general")
-    trainer = train(tmp_path, model, gated)
+    trainer = train(tmp_path, model, gated, **settings)
     run = attach(trainer, tmp_path / "run")
     trainer.train()
     found, events = intervals(run)
