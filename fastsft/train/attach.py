@@ -46,8 +46,8 @@ def attach(
 
     Without steering, training gives the same weights, to the bit, with and without it (a rounding apart for gated
     adapters whose silent experts are skipped: books must see them). Raises ValueError where the trainer can't be
-    followed: a streaming dataset, torch.compile, DataParallel, sharded weights; when training begins, an optimizer other
-    than AdamW, Adam and SGD, or a model without a trainable linear layer.
+    followed: a streaming dataset, torch.compile, DataParallel, sharded weights; when training begins, an optimizer
+    other than AdamW, Adam and SGD, or a model without a trainable linear layer.
     """
     from transformers import Trainer
 
