@@ -101,7 +101,7 @@ class Block:
         self._check_tokens(x, group.adapters[0])
         observed = any(a.followed("A") or a.followed("B") for a in group.adapters) or self.gating.is_followed
         group.x, x = x, x
-        owned = all(adapter.is_plain for adapter in group.adapters)
+        owned = all(adapter.is_owned for adapter in group.adapters)
         router = self.gating if group.routed and isinstance(self.gating, Router) and not self._goes_on else None
         early = router is not None and not observed and self._may_skip(x)
         if early:

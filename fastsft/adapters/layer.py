@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastsft.adapters.config import GatedConfig, GatedError
 from fastsft.adapters.factor import Factor, Pair
 from fastsft.ops._gated_parts import Epilogue, epilogue
-from fastsft.ops.gated_adapter import Chosen, Gate, Sequences, expand
+from fastsft.ops.gated_adapter import Chosen, Gate, Sequences, expand, is_unwatched_linear
 
 if TYPE_CHECKING:
     from fastsft.adapters.block import Block, Group
@@ -55,8 +55,7 @@ class Adapter(nn.Module):
         self.name, self.config = name, config
         self.inputs, self.outputs = widths(name, base)
         self.device, self.dtype = place_of(base)
-        # what reads its input is a plain product: the input's gradient may be overwritten
-        self.is_plain = type(base) is nn.Linear
+        self.__dict__["base"] = base  # not a child: the adapter is the base's
         self.experts = Named()
         for expert in config.experts:
             self.add_expert(expert)
@@ -71,6 +70,11 @@ class Adapter(nn.Module):
     def new_pair(self, rank: int, part: str) -> Pair:
         key = f"{self.config.seed} {self.name} {part}"
         return Pair.new(rank, self.inputs, self.outputs, part, key=key, device=self.device, dtype=self.dtype)
+
+    @property
+    def is_owned(self) -> bool:
+        """Whether the layer's output, and its input's gradient, may be overwritten: nobody else reads them."""
+        return is_unwatched_linear(self.__dict__["base"], own_hooks=1)
 
     @property
     def pairs(self) -> list[Pair]:
@@ -125,7 +129,7 @@ class Adapter(nn.Module):
             chosen=chosen,
             scale=config.scale,
             num_frozen=self.num_frozen,
-            owned=self.is_plain,
+            owned=self.is_owned,
         )
         factors = self.followed("B")
         if not factors:

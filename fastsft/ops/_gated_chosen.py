@@ -26,8 +26,7 @@ class Sequences(NamedTuple):
     """Which tokens of a batch are one sequence, and which of them are its prompt. Sequences lie beside each other.
 
     offsets [D + 1]: sequence d is the tokens offsets[d] <= t < offsets[d + 1]; all T are covered. document [T]: the
-    sequence of each token. prompt [T] bool: the tokens that gates look at; num_prompt [D]: how many, at
-    least 1.
+    sequence of each token. prompt [T] bool: the tokens that gates look at. num_prompt [D]: how many, at least 1.
     length: that of every sequence where they are alike, else None.
     """
 

@@ -77,7 +77,7 @@ def gated_adapter(
     rules.check_rows(a, num_experts, rank, memory, routed)
     rules.check_gate_inputs(x, per, gate, bias, sequences, task, table, num_experts)
     width, T = b.shape[1], x.shape[:-1].numel()
-    frozen, owned = ((0, num_frozen * rank),), _is_unwatched_linear(base)
+    frozen, owned = ((0, num_frozen * rank),), is_unwatched_linear(base)
     chosen, inner_gate = None, None
     split: tuple[int, ...] = (width,)
     if not routed:
@@ -185,11 +185,15 @@ def expand(
     return found
 
 
-def _is_unwatched_linear(base: object) -> bool:
-    """Whether nothing but a linear layer's product reads what it is given: hooks may keep its input's gradient."""
+def is_unwatched_linear(base: object, own_hooks: int = 0) -> bool:
+    """Whether nothing but a linear layer's product reads what it is given, and nobody keeps what it makes.
+
+    Hooks may do both. own_hooks: how many forward hooks of each kind are the caller's.
+    """
     if type(base) is not nn.Linear or "forward" in vars(base):
         return False
-    return not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
+    forward = max(len(base._forward_hooks), len(base._forward_pre_hooks))
+    return forward <= own_hooks and not (base._backward_hooks or base._backward_pre_hooks)
 
 
 def _wide(tensor: Tensor) -> Tensor:

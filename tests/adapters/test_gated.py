@@ -161,6 +161,28 @@ def test_autocast_stays_near_float32():
     assert (rounded - plain).abs().max() <= 2 * (loops - plain).abs().max()
 
 
+@pytest.mark.parametrize("kind", ["forward", "backward"])
+def test_who_watches_a_base_layer_keeps_what_was_seen(kind):
+    """Outputs are added to in place, and gradients of inputs, only where nobody else holds them."""
+    base = make_model()
+    watched, seen = base.model.layers[1].self_attn.q_proj, []
+    if kind == "forward":
+        watched.register_forward_hook(lambda module, args, output: seen.append((output, output.clone())))
+    model, gated = gated_model(model=base)
+    if kind == "backward":
+        watched.register_full_backward_hook(lambda module, grads, _: seen.append((grads[0], grads[0].clone())))
+    model.train()
+    ids, labels = make_batch()
+    model(ids, labels=labels).loss.backward()
+    found = grads_of(gated)
+    assert seen
+    assert all(torch.equal(held, then) for held, then in seen)
+    model.zero_grad()
+    Loops(gated, 4)(ids, labels).loss.backward()
+    for name, grad in grads_of(gated).items():
+        torch.testing.assert_close(found[name], grad, **CLOSE)
+
+
 def test_told_labels_are_as_labels():
     model, _ = gated_model()
     ids, labels = make_batch()
