@@ -173,10 +173,11 @@ class Block:
 
     def _gates_without_router(self, x: Tensor) -> Tensor:
         if self._goes_on:
-            found = self.context.gates[self.number]
-            if len(found) != len(x):
+            assert self.context.sequences is not None
+            found, count = self.context.gates[self.number], len(self.context.sequences.offsets) - 1
+            if len(found) != count:
                 raise GatedError(
-                    f"a cache goes on with {len(x)} sequences, and its prompt had {len(found)}: gates per sequence "
+                    f"a cache goes on with {count} sequences, and its prompt had {len(found)}: gates per sequence "
                     f"can't follow rows that were taken out or added."
                 )
             return found

@@ -13,6 +13,8 @@ GRANULARITIES = ("token", "sequence", "task")
 SHARINGS = ("block", "linear")
 # Linear layers of one module that read the same tensor in the models of transformers.
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+# Layers that end an attention or an MLP there: some models register them first, none calls them first.
+ENDS = ("o_proj", "out_proj", "c_proj", "dense", "down_proj", "fc2", "wo", "w2", "dense_4h_to_h")
 
 
 class GatedError(ValueError):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from fastsft.adapters.block import Group
-from fastsft.adapters.config import SAME_INPUT, GatedConfig, GatedError
+from fastsft.adapters.config import ENDS, SAME_INPUT, GatedConfig, GatedError
 from fastsft.adapters.layer import Adapter, is_linear
 
 
@@ -44,10 +44,15 @@ def block_of(name: str) -> str:
 
 
 def make_groups(adapters: Sequence[Adapter]) -> list[Group]:
-    """Group adapters of layers that read the same tensor, by their names (`SAME_INPUT`)."""
+    """Group adapters of layers that read the same tensor, by their names (`SAME_INPUT`).
+
+    The first group is one that a block calls first, as far as names tell: a router reads what it reads.
+    """
     groups: dict[tuple[str, object], list[Adapter]] = {}
     for adapter in adapters:
         parent, _, leaf = adapter.name.rpartition(".")
         number = next((number for number, names in enumerate(SAME_INPUT) if leaf in names), None)
         groups.setdefault((parent, leaf if number is None else number), []).append(adapter)
-    return [Group(members) for members in groups.values()]
+    found = [Group(members) for members in groups.values()]
+    begins = [group for group in found if group.adapters[0].name.rpartition(".")[2] not in ENDS]
+    return sorted(found, key=lambda group: group is not begins[0]) if begins else found
