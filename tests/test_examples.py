@@ -47,6 +47,13 @@ def test_every_example_script_uses_public_names_alone(path: Path) -> None:
     assert all(getattr(fastsft, name) is not None for name in used)
 
 
+def test_every_python_block_of_the_readme_compiles() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) > 4
+    for block in blocks:
+        compile(block, "README.md", "exec")
+
+
 def test_the_scores_of_the_readme_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
