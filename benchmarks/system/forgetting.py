@@ -27,7 +27,7 @@ from benchmarks.harness import signed, write_rows
 from fastsft.adapters import Gated, GatedConfig, attach_gated
 
 ARMS = ("one LoRA", "gated by task", "gated by prompt")
-RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 SEARCH_SEED = 100
 RANK, MEMORY = 4, 4
 LATER_BIAS = -2.0
