@@ -10,7 +10,7 @@ SEEDS = range(5)
 @pytest.fixture(scope="module")
 def endings():
     setting = letters(steps=40)
-    # the rate that suits each best (`python -m benchmarks.system.forgetting` looks for it)
+    # rates that suit each (`python -m benchmarks.system.forgetting` looks for the best)
     return {
         arm: [race(arm, setting, seed, rate) for seed in SEEDS]
         for arm, rate in (("one LoRA", 3e-3), ("gated by task", 1e-2))
