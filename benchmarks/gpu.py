@@ -24,6 +24,7 @@ from fastsft import ops
 
 TESTS = (
     "gated_adapter",
+    "gated_adapter_running",
     "influence_dot",
     "native",
     "sample_grad_project",

@@ -40,17 +40,14 @@ def make_context(
         raise GatedError("gates per sequence or per task read `input_ids` or `inputs_embeds`: the model got neither.")
     rows, length = ids.shape[:2]
     labels = given.get("labels") if given.get("labels") is not None else labels_told()
-    labels = None if labels is None else labels.to(ids.device)
     if config.granularity == "sequence" and gates is None and labels is None and strict:
         raise GatedError(
             "gates per sequence look at prompts, and a forward pass in training got no labels that say where prompts "
             "end (does the trainer take them out, for label smoothing or a loss of its own?). Call the model with "
             "`labels`, or inside `with fastsft.data.told_labels(labels):`."
         )
-    if labels is not None and labels.shape != (rows, length):
-        labels = None if gates is not None else labels
-        if labels is not None:
-            raise GatedError(f"labels must have the shape of the batch, {[rows, length]}: got {list(labels.shape)}.")
+    if gates is None and labels is not None and labels.shape != (rows, length):
+        raise GatedError(f"labels must have the shape of the batch, {[rows, length]}: got {list(labels.shape)}.")
     if gates is not None:
         # a sequence goes on: its prompt was seen, and its gates stand
         sequences = Sequences.of_rows(torch.ones(rows, length, dtype=torch.bool, device=ids.device))

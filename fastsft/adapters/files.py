@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import tempfile
@@ -22,6 +21,7 @@ from fastsft.adapters.gated import Gated, attach_gated
 from fastsft.adapters.layer import is_linear, widths
 from fastsft.adapters.router import TaskGates
 from fastsft.adapters.targets import find_targets
+from fastsft.data import file_digest
 from fastsft.record import versions
 
 SCHEMA = 1
@@ -62,7 +62,7 @@ def save_gated(gated: Gated, folder: str | Path) -> Path:
             "frozen": [name for name in gated.experts if gated.is_frozen(name)],
             "layers": {name: [adapter.inputs, adapter.outputs] for name, adapter in gated.adapters.items()},
             "versions": versions(),
-            "sha256": sha256_of(unfinished / WEIGHTS),
+            "sha256": file_digest(unfinished / WEIGHTS),
         }
         (unfinished / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     return folder
@@ -244,7 +244,7 @@ def _read_weights(folder: Path, described: Described) -> dict[str, Tensor]:
     path = folder / WEIGHTS
     if not path.is_file():
         raise GatedError(f"{path} is missing, {DESCRIPTION} is there. {AGAIN}")
-    if sha256_of(path) != described.sha256:
+    if file_digest(path) != described.sha256:
         raise GatedError(
             f"{path} is not the file that {DESCRIPTION} tells of (another sha256): it was cut off, damaged or "
             f"exchanged. {AGAIN} If a folder {UNFINISHED}* is in there, a save was killed "
@@ -325,8 +325,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -25,7 +25,7 @@ from fastsft.adapters.hooks import (
     before_layer,
     before_model,
 )
-from fastsft.adapters.layer import Adapter
+from fastsft.adapters.layer import Adapter, is_conv1d, is_plain
 from fastsft.adapters.router import Router, TaskGates
 from fastsft.adapters.targets import block_of, find_targets, make_groups
 
@@ -122,9 +122,7 @@ class Gated:
 
     # a forward pass of the model
 
-    def before(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """A pass of the model begins: find out what its layers must know."""
         task_ids = kwargs.pop("task_ids", None)
         given = {**dict(zip(self._signature.parameters, args)), **kwargs}
@@ -140,7 +138,7 @@ class Gated:
                 )
         if task is not None:
             task = task.reshape(-1).to(next(iter(self.adapters.values())).device)
-        strict = module.training and torch.is_grad_enabled()
+        strict = self.model.training and torch.is_grad_enabled()
         self.context = make_context(self.config, given, task, gates, strict=strict)
         for block in self._scopes.get("", []):
             block.begin(None)
@@ -317,7 +315,7 @@ class Gated:
             raise GatedError(f"name the `task` whose gates to merge, one of {', '.join(self.tasks)}: got {task!r}.")
         for name in self.adapters:
             base = self.model.get_submodule(name)
-            if not isinstance(base, nn.Linear) and type(base).__name__ != "Conv1D":
+            if not is_plain(base):
                 raise GatedError(
                     f"{name} ({type(base).__name__}) is no plain linear layer, and its weights can't be added to: keep "
                     f"the adapters beside it."
@@ -326,7 +324,7 @@ class Gated:
             base = self.model.get_submodule(name)
             delta = self.delta(adapter, gates if gates is not None else self._task_gates(adapter, str(task)))
             weight: Any = base.weight
-            weight += (delta.T if type(base).__name__ == "Conv1D" else delta).to(weight.dtype)
+            weight += (delta.T if is_conv1d(base) else delta).to(weight.dtype)
         return self.detach()
 
     def _task_gates(self, adapter: Adapter, task: str) -> dict[str, float]:

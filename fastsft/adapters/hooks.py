@@ -20,7 +20,7 @@ def before_model(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Hook of the model, before it runs."""
     gated: Gated = module.gated_adapters  # type: ignore[assignment]
-    return gated.before(module, args, kwargs)
+    return gated.before(args, kwargs)
 
 
 def after_model(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -85,7 +85,7 @@ class Adapter(nn.Module):
     def num_frozen(self) -> int:
         """How many experts at the beginning of the stack are frozen: their gradient is not formed."""
         for count, pair in enumerate(self.experts.values()):
-            if pair.A.weight.requires_grad or pair.B.weight.requires_grad or pair.A.is_followed or pair.B.is_followed:
+            if pair.A.weight.requires_grad or pair.B.weight.requires_grad:
                 return count
         return len(self.experts)
 
@@ -146,7 +146,7 @@ class Adapter(nn.Module):
 def widths(name: str, base: nn.Module) -> tuple[int, int]:
     """Inputs and outputs of a linear layer of any kind."""
     inputs, outputs = getattr(base, "in_features", None), getattr(base, "out_features", None)
-    if inputs is None and type(base).__name__ == "Conv1D":  # transformers' own, of GPT-2 and its kin
+    if inputs is None and is_conv1d(base):
         inputs, outputs = base.weight.shape  # type: ignore[misc]
     if inputs is None or outputs is None:
         raise GatedError(
@@ -163,8 +163,18 @@ def place_of(base: nn.Module) -> tuple[torch.device, torch.dtype]:
     return tensors[0].device if tensors else torch.device("cpu"), torch.float64 if wide else torch.float32
 
 
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is transformers' own linear layer, of GPT-2 and its kin, whose weight is [I, O]."""
+    return type(module).__name__ == "Conv1D"
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether its weight is a matrix of numbers that can be added to."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
 def is_linear(module: nn.Module) -> bool:
-    if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+    if is_plain(module):
         return True
     # quantised ones: no nn.Linear, but its two widths and a forward of one tensor
     return hasattr(module, "in_features") and hasattr(module, "out_features")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastsft.adapters.config import GatedError
 from fastsft.adapters.factor import Pair, freeze
 from fastsft.adapters.layer import MEMORY, Adapter
+from fastsft.attribution.targets import evaluation
 
 if TYPE_CHECKING:
     from fastsft.adapters.gated import Gated
@@ -174,7 +175,7 @@ def _mean_squares(gated: Gated, batches: Iterable[Mapping[str, Any]], argument: 
         counts[factor] = counts.get(factor, 0.0) + counted.sum()
 
     device = next(gated.model.parameters()).device
-    with _listening(gated, listen), _evaluation(gated.model):
+    with _listening(gated, listen), evaluation(gated.model):
         for batch in batches:
             mask = batch.get("attention_mask")
             mask = mask.flatten().bool() if mask is not None and mask.ndim == 2 else None
@@ -201,18 +202,6 @@ def _listening(gated: Gated, listen: Callable[..., None]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Switch off dropout, and put every module's mode back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 # training some ranks alone

@@ -18,7 +18,7 @@ from fastsft.adapters.config import GatedError
 from fastsft.adapters.factor import Pair
 from fastsft.adapters.files import read_tensors, written_whole
 from fastsft.adapters.gated import Gated
-from fastsft.adapters.layer import Adapter
+from fastsft.adapters.layer import Adapter, is_conv1d
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -138,7 +138,7 @@ def _lora_config(gated: Gated, rank: int, alpha: int) -> Any:
         r=rank,
         lora_alpha=alpha,
         lora_dropout=0.0,
-        fan_in_fan_out=any(type(layer).__name__ == "Conv1D" for layer in layers.values()),
+        fan_in_fan_out=any(is_conv1d(layer) for layer in layers.values()),
         task_type=_task_type(model),
         base_model_name_or_path=getattr(model, "name_or_path", None) or None,
         inference_mode=True,

@@ -100,7 +100,7 @@ class Targets:
         half = torch.zeros(size, device=device, dtype=dtype)
         norms = torch.zeros(len(self.abilities), dtype=torch.float64)
         row_losses: dict[str, Tensor] = {}
-        with _evaluation(model), torch.enable_grad():
+        with evaluation(model), torch.enable_grad():
             for index, ability in enumerate(self.abilities):
                 sums = torch.zeros(len(self.rows[ability]), device=device, dtype=torch.float64)
                 total = sum(self.tokens[ability])
@@ -175,7 +175,7 @@ class Targets:
 
 
 @contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
+def evaluation(model: nn.Module) -> Iterator[None]:
     """Switch off dropout; put every module's mode and the random state back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     cuda = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]

@@ -10,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from fastsft.adapters import GatedConfig, GatedError, attach_gated, files, load_gated
 from fastsft.adapters.files import save_gated
+from fastsft.data import file_digest
 from tests.adapters._models import EXPERTS, KINDS, gated_model, make_batch
 from tests.train._support import VOCABULARY, make_model
 
@@ -44,7 +45,7 @@ def reseal(folder, change):
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path)
-    retell(folder, lambda told: told.update(sha256=files.sha256_of(path)))
+    retell(folder, lambda told: told.update(sha256=file_digest(path)))
 
 
 # what comes back
@@ -311,7 +312,7 @@ FAULTS = {
     "weights of no kind": (
         lambda f: (
             (f / "gated.safetensors").write_text("no tensors"),
-            retell(f, lambda told: told.update(sha256=files.sha256_of(f / "gated.safetensors"))),
+            retell(f, lambda told: told.update(sha256=file_digest(f / "gated.safetensors"))),
         ),
         "gated.safetensors is no whole safetensors file",
     ),
